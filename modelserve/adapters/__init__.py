@@ -1,0 +1,1 @@
+"""One outside technology per file, named in :mod:`modelserve.plugins` and imported only when asked for."""

@@ -1,0 +1,1 @@
+"""One machine-learning framework per file, each satisfying :class:`modelserve.ports.Framework`."""

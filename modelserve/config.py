@@ -1,0 +1,102 @@
+"""Options, from keyword arguments, one TOML file and ``MODELSERVE_*`` variables.
+
+Precedence: keyword arguments, then the environment, then the file, then the defaults. Nested options take two
+underscores: ``MODELSERVE_MODELS__CHURN__TIMEOUT_MS=200``.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError, TomlConfigSettingsSource
+
+from modelserve.errors import ConfigError
+
+AUTO_BATCH_SIZE = 256
+
+
+class ModelOptions(BaseModel):
+    """How one model is served here.
+
+    ======================  =============  =====================================================================
+    option                  default        means
+    ======================  =============  =====================================================================
+    ``executor``            ``"thread"``   who runs the model
+    ``replicas``            ``1``          how many copies of it run side by side
+    ``max_batch_size``      ``"auto"``     most rows in one batch
+    ``max_wait_ms``         ``0``          how long a partial batch waits for company (0: it never waits)
+    ``queue_limit``         ``1024``       most rows that wait; beyond it requests get ``Overloaded``
+    ``timeout_ms``          ``1000``       default deadline of a request
+    ``keep_previous``       ``True``       keep the version before loaded, so that a rollback is instant
+    ``allow_pickle``        ``False``      load artifacts that are pickles, which can run code
+    ======================  =============  =====================================================================
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    executor: Literal["thread"] = "thread"
+    replicas: int = Field(default=1, ge=1, le=64)
+    max_batch_size: PositiveInt | Literal["auto"] = "auto"
+    max_wait_ms: float = Field(default=0.0, ge=0, le=10_000)
+    queue_limit: int = Field(default=1024, ge=1)
+    timeout_ms: float = Field(default=1000.0, gt=0)
+    keep_previous: bool = True
+    allow_pickle: bool = False
+
+    @property
+    def batch_rows(self) -> int:
+        """Most rows in one batch, as a number."""
+        return AUTO_BATCH_SIZE if self.max_batch_size == "auto" else self.max_batch_size
+
+
+class Settings(BaseSettings):
+    """Everything a server is built from. ``models=None`` serves every model that has a production version."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix="MODELSERVE_", env_nested_delimiter="__"
+    )
+
+    registry: str = "sqlite:///models.db"
+    artifacts: str | None = None
+    cache_dir: Path | None = None
+    cache_bytes: int | None = Field(default=None, ge=1)
+    poll_s: float = Field(default=1.0, gt=0)
+    models: dict[str, ModelOptions] | None = None
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, **overrides: Any) -> Settings:
+        """Read the settings from a TOML file (if given), the environment and keyword arguments.
+
+        Raises ``ConfigError`` that names every wrong option.
+        """
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(f"no configuration file at {path}")
+
+        class FromFile(cls):  # type: ignore[misc, valid-type]  # the file's path is part of a settings class
+            model_config = SettingsConfigDict(toml_file=path)
+
+        try:
+            return FromFile(**overrides)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_complaint(each) for each in error.errors())) from error
+        except (tomllib.TOMLDecodeError, SettingsError) as error:
+            raise ConfigError(f"{path or 'environment'}: {error}") from error
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # the framework's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Rank the sources: keyword arguments, environment, file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def _complaint(error: Any) -> str:
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}"

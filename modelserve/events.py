@@ -1,0 +1,87 @@
+"""What happened, as frozen records handed to observers.
+
+An observer may only take the record and return at once (put it on a bounded queue of its own): it runs on the
+event loop, in the middle of somebody's request. One that raises is counted and logged once, and disturbs nobody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+_log = logging.getLogger("modelserve")
+
+
+class Served(NamedTuple):
+    """One call was answered: ``rows`` results, or an error."""
+
+    model_name: str
+    version: str
+    request_id: str
+    rows: int
+    latency_ms: float
+    error: Exception | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VersionLoaded:
+    """A version took over the production traffic of its model."""
+
+    model_name: str
+    version: str
+    generation: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadRejected:
+    """A version could not be taken into service; what served before still does. Retried after ``retry_s``."""
+
+    model_name: str
+    version: str
+    generation: int
+    error: Exception
+    retry_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VersionUnloaded:
+    """A version was drained and freed."""
+
+    model_name: str
+    version: str
+
+
+Event: TypeAlias = Served | VersionLoaded | LoadRejected | VersionUnloaded
+Observer: TypeAlias = Callable[[Event], None]
+
+
+class Observers:
+    """Hands each event to every observer, in the order they subscribed."""
+
+    def __init__(self) -> None:
+        self._observers: tuple[Observer, ...] = ()
+        self.failures = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._observers)
+
+    def subscribe(self, observer: Observer) -> Callable[[], None]:
+        """Add an observer; return what removes it again."""
+        self._observers = (*self._observers, observer)
+
+        def unsubscribe() -> None:
+            self._observers = tuple(each for each in self._observers if each is not observer)
+
+        return unsubscribe
+
+    def emit(self, event: Event) -> None:
+        """Tell every observer; count the ones that raise."""
+        for observer in self._observers:
+            try:
+                observer(event)
+            except Exception:
+                self.failures += 1
+                if self.failures == 1:
+                    _log.exception("an observer failed on %s; further failures are only counted", type(event).__name__)

@@ -1,0 +1,108 @@
+"""A replica in a thread of the host process.
+
+Cheapest to reach and shares the host's memory. Its model competes with the event loop for the interpreter
+lock except where kernels release it (BLAS, GPU, onnxruntime); a model that hangs cannot be killed, only abandoned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from modelserve.errors import InferenceFailed, LoadError, LoadFailed, NotReady
+from modelserve.ports import Model
+from modelserve.signature import Signature
+from modelserve.types import Columns, Row
+
+_log = logging.getLogger("modelserve")
+_STOP_S = 5.0  # how long stop() waits for a batch that does not end
+
+
+class ThreadReplica:
+    """Loads a model in a thread of its own and runs its batches there, one at a time."""
+
+    def __init__(self, load: Callable[[], Model], signature: Signature, *, name: str = "modelserve-replica") -> None:
+        self._load = load
+        self._signature = signature
+        self._model: Model | None = None
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._stopping = False
+
+    async def start(self) -> None:
+        """Load the model in the replica's thread. Raises ``LoadError``."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        try:
+            self._model = await self._call(self._load)
+        except LoadError:
+            raise
+        except Exception as error:
+            raise LoadFailed(f"the model did not load: {type(error).__name__}: {error}") from error
+
+    def infer(self, rows: Sequence[Row]) -> asyncio.Future[Columns]:
+        """Stack the rows and run the model on them, both in the replica's thread."""
+        return self._call(lambda: self._infer(rows))
+
+    async def stop(self) -> None:
+        """End the thread after its running batch; a batch that hangs is left behind with a warning."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self._inbox.put(None)
+        if self._thread.ident is not None:
+            await self._loop.run_in_executor(None, self._thread.join, _STOP_S)
+        if self._thread.is_alive():
+            _log.warning("%s does not end; its thread is left behind", self._thread.name)
+        self._model = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs and holds a model."""
+        return self._model is not None and self._thread.is_alive()
+
+    def _call(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
+        future = self._loop.create_future()
+        if self._stopping:
+            future.set_exception(NotReady("the replica is stopping"))
+        else:
+            self._inbox.put((work, future))
+        return future
+
+    def _infer(self, rows: Sequence[Row]) -> Columns:
+        assert self._model is not None  # noqa: S101  # infer() comes after start()
+        try:
+            return self._model.infer(self._signature.stack(rows))
+        except InferenceFailed:
+            raise
+        except BaseException as error:
+            raise InferenceFailed(f"the model raised {type(error).__name__}: {error}") from error
+
+    # -- in the thread -------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (job := self._inbox.get()) is not None:
+            work, future = job
+            result, error = None, None
+            try:
+                result = work()
+            except Exception as raised:  # noqa: BLE001  # whatever it is, it is the caller's to see
+                error = raised
+            # The loop may be gone: a host that stops its loop without stopping the server has no one to tell.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(_resolve, future, result, error)
+            del job, work, future, result, error
+
+
+def _resolve(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)

@@ -1,0 +1,1 @@
+"""The HTTP faces: one framework-free mapping from request to response, mounted as ASGI or WSGI."""

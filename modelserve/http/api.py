@@ -1,0 +1,224 @@
+"""The routes, without a web framework: a request in, a response out."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import orjson
+
+from modelserve.errors import InferenceFailed, InvalidInput, ModelNotFound, ModelServeError, NotReady
+from modelserve.http.messages import Request, Response
+from modelserve.http.openapi import openapi_document
+from modelserve.http.problems import HttpProblem, problem_response
+from modelserve.live import ModelStatus
+from modelserve.server import AsyncModelServer
+from modelserve.types import Json, ModelVersion
+
+MAX_BODY_BYTES: Final = 16 * 1024 * 1024
+_MAX_DEPTH: Final = 64
+_MAX_REQUEST_ID: Final = 128
+_ENCODE: Final = orjson.OPT_SERIALIZE_NUMPY
+
+
+class Api:
+    """Answers requests with a started server. Every outcome is a response; nothing is raised."""
+
+    def __init__(self, server: AsyncModelServer) -> None:
+        self._server = server
+        self._fixed: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
+            "/models": ("GET", self._models),
+            "/health/live": ("GET", self._alive),
+            "/health/ready": ("GET", self._ready),
+            "/openapi.json": ("GET", self._openapi),
+        }
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one request."""
+        try:
+            path = request.path
+            if path.startswith("/predict/"):
+                return await self._predict(request, path[9:])
+            if path.startswith("/models/"):
+                return await self._model(request, path[8:])
+            method, handler = self._fixed.get(path, ("", _nothing_here))
+            if method:
+                _require_method(request, method)
+            return await handler(request)
+        except Exception as error:  # noqa: BLE001  # the outermost frame: what comes here becomes a response
+            return problem_response(error, request.request_id)
+
+    # -- predictions ---------------------------------------------------------------------------------------
+
+    async def _predict(self, request: Request, model_name: str) -> Response:
+        _require_method(request, "POST")
+        body = _json_body(request)
+        if len(body) == 1:
+            if "inputs" in body:
+                return await self._predict_one(request, model_name, body["inputs"])
+            if "instances" in body:
+                return await self._predict_many(request, model_name, body["instances"])
+        raise _misshapen(body)
+
+    async def _predict_one(self, request: Request, model_name: str, inputs: Json) -> Response:
+        values, version, latency_ms, request_id = await self._server.answer(
+            model_name, (inputs,), "inputs", request_id=request.request_id
+        )
+        return _answer(
+            {
+                "prediction": values[0],
+                "model_version": version,
+                "latency_ms": latency_ms,
+                "request_id": request_id,
+                "cached": False,
+            }
+        )
+
+    async def _predict_many(self, request: Request, model_name: str, instances: Json) -> Response:
+        if not isinstance(instances, list) or not instances:
+            raise InvalidInput("instances", "expected a list of at least one row")
+        values, version, latency_ms, request_id = await self._server.answer(
+            model_name, instances, "instances[{}]", request_id=request.request_id
+        )
+        return _answer(
+            {
+                "predictions": values,
+                "model_version": version,
+                "latency_ms": latency_ms,
+                "request_id": request_id,
+                "cached": False,
+            }
+        )
+
+    # -- models --------------------------------------------------------------------------------------------
+
+    async def _models(self, _: Request) -> Response:
+        return _answer({"models": [_summary(status) for status in self._server.status()]})
+
+    async def _model(self, request: Request, model_name: str) -> Response:
+        _require_method(request, "GET")
+        status = next((each for each in self._server.status() if each.model_name == model_name), None)
+        if status is None:
+            raise ModelNotFound(model_name)
+        return _answer(
+            _summary(status)
+            | {
+                "inputs": self._inputs(model_name),
+                "versions": await self._versions(model_name),
+            }
+        )
+
+    def _inputs(self, model_name: str) -> Json:
+        try:
+            return self._server.loaded(model_name).signature.to_json()["inputs"]
+        except NotReady:
+            return None
+
+    async def _versions(self, model_name: str) -> Json:
+        """List what the registry has; null while it cannot be asked, since serving goes on without it."""
+        try:
+            return [_version(each) for each in await self._server.versions(model_name)]
+        except ModelServeError:
+            return None
+
+    # -- health and description ----------------------------------------------------------------------------
+
+    async def _alive(self, _: Request) -> Response:
+        return _answer({"status": "alive"})
+
+    async def _ready(self, _: Request) -> Response:
+        ready = self._server.ready
+        models = {status.model_name: _state(status) for status in self._server.status()}
+        body = {"status": "ready" if ready else "not ready", "models": models}
+        return _answer(body, 200 if ready else 503)
+
+    async def _openapi(self, request: Request) -> Response:
+        return _answer(openapi_document(self._server, request.root))
+
+
+async def _nothing_here(_: Request) -> Response:
+    raise HttpProblem(404, "not-found", "there is nothing here")
+
+
+def _require_method(request: Request, method: str) -> None:
+    if request.method != method:
+        raise HttpProblem(405, "method-not-allowed", f"use {method}", allow=method)
+
+
+def _json_body(request: Request) -> dict[str, Json]:
+    media = request.content_type.partition(";")[0].strip().lower()
+    if media and media != "application/json" and not media.endswith("+json"):
+        raise HttpProblem(415, "unsupported-media-type", "send the body as application/json", accept="application/json")
+    try:
+        body = orjson.loads(request.body)
+    except orjson.JSONDecodeError as error:
+        raise HttpProblem(400, "malformed-json", f"the body is not JSON: {error}") from None
+    if type(body) is not dict:
+        raise InvalidInput("", "the body must be an object with 'inputs' or 'instances'")
+    if request.body.count(b"[") + request.body.count(b"{") > _MAX_DEPTH and _depth(body) > _MAX_DEPTH:
+        raise HttpProblem(400, "malformed-json", f"the body is nested deeper than {_MAX_DEPTH} levels")
+    return body
+
+
+def _depth(document: Json) -> int:
+    """Return the nesting depth, counted level by level: no recursion for a hostile document to exhaust."""
+    depth, level = 0, [document]
+    while level and depth <= _MAX_DEPTH:
+        depth += 1
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if type(parent) is dict else parent)
+            if type(child) in (dict, list)
+        ]
+    return depth
+
+
+def _misshapen(body: dict[str, Json]) -> InvalidInput:
+    unknown = next((name for name in body if name not in ("inputs", "instances")), None)
+    if unknown is not None:
+        return InvalidInput(unknown[:256], "unknown member; the body takes 'inputs' (one row) or 'instances' (several)")
+    if body:
+        return InvalidInput("instances", "give either 'inputs' (one row) or 'instances' (several), not both")
+    return InvalidInput("inputs", "missing; give 'inputs' (one row) or 'instances' (several)")
+
+
+def _answer(document: dict[str, Any], status: int = 200) -> Response:
+    try:
+        return Response(status, orjson.dumps(document, option=_ENCODE))
+    except TypeError as error:
+        raise InferenceFailed(f"the model's answer has no JSON form: {error}") from error
+
+
+def clean_request_id(value: str) -> str | None:
+    """Return the caller's request id if it is fit to be logged and repeated."""
+    fit = 0 < len(value) <= _MAX_REQUEST_ID and value.isascii() and value.isprintable()
+    return value if fit else None
+
+
+def _summary(status: ModelStatus) -> dict[str, Json]:
+    return {
+        "name": status.model_name,
+        "state": _state(status),
+        "production": status.production,
+        "previous": status.previous,
+        "generation": {"wanted": status.wanted, "applied": status.applied},
+        "queue_depth": status.queue_depth,
+    }
+
+
+def _state(status: ModelStatus) -> str:
+    """Say where a model stands in one word: reasons name paths and hosts, and stay in the log."""
+    if status.ready:
+        return "ready"
+    return "loading" if status.loading else "failed" if status.wanted and status.problem else "waiting"
+
+
+def _version(version: ModelVersion) -> dict[str, Json]:
+    return {
+        "version": version.version,
+        "status": version.status,
+        "framework": version.framework,
+        "metrics": version.metrics,
+        "created_at": version.created_at.isoformat(),
+    }

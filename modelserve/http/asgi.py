@@ -1,0 +1,162 @@
+"""The ASGI face: a complete app by itself, a mount inside a host, or a door in front of one."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeAlias
+
+from modelserve.http.api import MAX_BODY_BYTES, Api, clean_request_id
+from modelserve.http.messages import Request, Response
+from modelserve.http.problems import HttpProblem, problem_response
+from modelserve.server import AsyncModelServer
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class _Disconnected(Exception):  # noqa: N818  # not an error: the client has left
+    """The client left before it had sent its request."""
+
+
+class AsgiFace:
+    """Answers HTTP with a server's predictions.
+
+    With ``otherwise`` it stands in front of that app and takes only what lies under ``prefix``; everything else,
+    the lifespan included, is the host's. Without, it starts and stops the server through the lifespan protocol.
+    """
+
+    def __init__(
+        self,
+        server: AsyncModelServer,
+        *,
+        prefix: str = "",
+        otherwise: App | None = None,
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
+        if not isinstance(server, AsyncModelServer):
+            msg = f"ms.asgi takes an AsyncModelServer, not a {type(server).__name__}; ms.wsgi takes a ModelServer"
+            raise TypeError(msg)
+        self._server = server
+        self._api = Api(server)
+        self._prefix = prefix.rstrip("/")
+        self._otherwise = otherwise
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] == "http":
+            path, root = self._locate(scope)
+            if path is not None:
+                await self._answer(scope, path, root, receive, send)
+                return
+        if self._otherwise is not None:
+            await self._otherwise(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+        else:
+            await _send(send, problem_response(HttpProblem(404, "not-found", "there is nothing here")))
+
+    def _locate(self, scope: Scope) -> tuple[str | None, str]:
+        """Return the path below this mount (None: not ours), and where the mount is."""
+        path, root = scope["path"], scope.get("root_path", "")
+        # A server or an outer mount may leave its root in front of the path (ASGI 3) or have cut it off.
+        if root and path.startswith(root):
+            path = path[len(root) :]
+        if not self._prefix:
+            return path, root
+        if path.startswith(self._prefix) and path[len(self._prefix) : len(self._prefix) + 1] in ("/", ""):
+            return path[len(self._prefix) :], root + self._prefix
+        return None, root
+
+    async def _answer(self, scope: Scope, path: str, root: str, receive: Receive, send: Send) -> None:
+        content_type, request_id, length = _headers(scope)
+        head = scope["method"] == "HEAD"
+        method = "GET" if head else scope["method"]
+        try:
+            body = await self._body(receive, length)
+            response = await self._api(Request(method, path, body, content_type, request_id, root))
+        except HttpProblem as problem:
+            response = problem_response(problem, request_id)
+        except _Disconnected:
+            return
+        await _send(send, response, head=head)
+
+    async def _body(self, receive: Receive, length: int) -> bytes:
+        if length > self._max_body_bytes:
+            raise self._too_large()
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Disconnected
+        body: bytes = message.get("body", b"")
+        if message.get("more_body", False):
+            body = await self._rest(body, receive)
+        if len(body) > self._max_body_bytes:
+            raise self._too_large()
+        return body
+
+    async def _rest(self, body: bytes, receive: Receive) -> bytes:
+        chunks = bytearray(body)
+        more = True
+        while more:
+            if len(chunks) > self._max_body_bytes:
+                raise self._too_large()
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _Disconnected
+            chunks += message.get("body", b"")
+            more = message.get("more_body", False)
+        return bytes(chunks)
+
+    def _too_large(self) -> HttpProblem:
+        detail = f"the body is larger than {self._max_body_bytes} bytes"
+        return HttpProblem(413, "content-too-large", detail, connection="close")
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self._server.start()
+        except Exception as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            raise
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._server.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+def _headers(scope: Scope) -> tuple[str, str | None, int]:
+    content_type, request_id, length = "", None, 0
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            content_type = value.decode("latin-1")
+        elif name == b"x-request-id":
+            request_id = clean_request_id(value.decode("latin-1"))
+        elif name == b"content-length" and value.isdigit():
+            length = int(value)
+    return content_type, request_id, length
+
+
+async def _send(send: Send, response: Response, *, head: bool = False) -> None:
+    headers = [
+        (b"content-type", response.content_type.encode()),
+        (b"content-length", str(len(response.body)).encode()),
+    ]
+    headers += [(name.encode(), value.encode("latin-1")) for name, value in response.headers]
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if head else response.body})
+
+
+def asgi(
+    server: AsyncModelServer, *, prefix: str = "", otherwise: App | None = None, max_body_bytes: int = MAX_BODY_BYTES
+) -> AsgiFace:
+    """Return a server's ASGI app.
+
+    ``app.mount("/ml", ms.asgi(server))`` mounts it (the host's lifespan starts the server);
+    ``ms.asgi(server, prefix="/ml", otherwise=app)`` answers its prefix before the host's middleware costs anything;
+    ``uvicorn module:app`` with ``app = ms.asgi(server)`` serves it alone. Bodies over ``max_body_bytes`` get a 413.
+    """
+    return AsgiFace(server, prefix=prefix, otherwise=otherwise, max_body_bytes=max_body_bytes)

@@ -1,0 +1,151 @@
+"""``/openapi.json``: OpenAPI 3.1, generated from the signatures of the versions that serve now."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from modelserve.errors import NotReady
+from modelserve.server import AsyncModelServer
+from modelserve.signature import Field, Signature
+from modelserve.types import Json
+
+_PROBLEMS: Final = {
+    "400": "The body is not JSON",
+    "404": "No such model",
+    "413": "The body is too large",
+    "415": "The body is not application/json",
+    "422": "The inputs do not fit the model's signature",
+    "500": "The model failed on this input",
+    "503": "Not ready, or overloaded (with Retry-After)",
+    "504": "Not answered before the deadline",
+}
+
+
+def openapi_document(server: AsyncModelServer, root: str) -> Json:
+    """Describe every model that serves now, with one typed schema per model, and the fixed routes."""
+    schemas: dict[str, Json] = {"Problem": _PROBLEM}
+    paths: dict[str, Json] = {
+        "/models": {"get": _get("List the models served here", "models")},
+        "/health/live": {"get": _get("Whether the process is alive", "live")},
+        "/health/ready": {"get": _get("Whether every model is ready", "ready") | {"responses": _READY}},
+    }
+    for status in server.status():
+        try:
+            signature = server.loaded(status.model_name).signature
+        except NotReady:
+            continue
+        name = status.model_name
+        schemas[f"{name}.inputs"] = inputs_schema(signature)
+        paths[f"/predict/{name}"] = {"post": _predict(name)}
+        paths[f"/models/{name}"] = {"get": _get(f"Describe {name}", f"model-{name}")}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "modelserve", "version": "1", "description": "Models served by this application."},
+        "servers": [{"url": root or "/"}],
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+
+
+def inputs_schema(signature: Signature) -> Json:
+    """Return the JSON Schema of one row."""
+    return {
+        "type": "object",
+        "properties": {field.name: _field_schema(field) for field in signature.inputs},
+        "required": [field.name for field in signature.inputs],
+        "additionalProperties": False,
+    }
+
+
+def _field_schema(field: Field) -> Json:
+    schema = _scalar_schema(field)
+    if field.nullable:
+        schema["type"] = [schema["type"], "null"]
+    for size in reversed(field.shape):
+        schema = {"type": "array", "items": schema, "minItems": size, "maxItems": size}
+    return schema
+
+
+def _scalar_schema(field: Field) -> dict[str, Any]:
+    if field.dtype == "string":
+        return {"type": "string"}
+    if field.dtype == "bool":
+        return {"type": "boolean"}
+    if field.dtype.startswith("float"):
+        limit = float(np.finfo(field.dtype).max)
+        return {"type": "number", "minimum": -limit, "maximum": limit}
+    bounds = np.iinfo(field.dtype)
+    return {"type": "integer", "minimum": int(bounds.min), "maximum": int(bounds.max)}
+
+
+def _predict(name: str) -> Json:
+    row = {"$ref": f"#/components/schemas/{name}.inputs"}
+    one = _object({"inputs": row})
+    many = _object({"instances": {"type": "array", "items": row, "minItems": 1}})
+    return {
+        "summary": f"Predict with {name}",
+        "operationId": f"predict-{name}",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {"oneOf": [one, many]}}}},
+        "responses": {"200": _json_response("The prediction", {"oneOf": [_answer("prediction"), _answer("predictions")]})}
+        | {code: _problem_response(text) for code, text in _PROBLEMS.items()},
+    }
+
+
+def _answer(key: str) -> Json:
+    value: Json = {"type": "array"} if key == "predictions" else {}
+    return _object(
+        {
+            key: value,
+            "model_version": {"type": "string"},
+            "latency_ms": {"type": "number", "minimum": 0},
+            "request_id": {"type": "string"},
+            "cached": {"type": "boolean"},
+        }
+    )
+
+
+def _object(properties: dict[str, Json]) -> Json:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _get(summary: str, operation: str) -> dict[str, Json]:
+    return {
+        "summary": summary,
+        "operationId": operation,
+        "responses": {"200": _json_response(summary, {"type": "object"})},
+    }
+
+
+def _json_response(description: str, schema: Json) -> Json:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _problem_response(description: str) -> Json:
+    reference = {"$ref": "#/components/schemas/Problem"}
+    return {"description": description, "content": {"application/problem+json": {"schema": reference}}}
+
+
+_READY: Final = {
+    "200": _json_response("Every model is ready", {"type": "object"}),
+    "503": _json_response("Some model is not ready", {"type": "object"}),
+}
+_PROBLEM: Final = {
+    "type": "object",
+    "description": "RFC 9457 problem details",
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "field": {"type": "string"},
+        "request_id": {"type": "string"},
+    },
+    "required": ["type", "title", "status", "detail"],
+}

@@ -1,0 +1,81 @@
+"""The WSGI face: for Flask, Django and any other host that answers in threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import Any, TypeAlias
+
+from modelserve.http.api import MAX_BODY_BYTES, Api, clean_request_id
+from modelserve.http.messages import Request, Response
+from modelserve.http.problems import HttpProblem, problem_response
+from modelserve.server import ModelServer
+
+Environ: TypeAlias = dict[str, Any]
+StartResponse: TypeAlias = Callable[..., Any]
+
+
+class WsgiFace:
+    """Answers HTTP with a server's predictions. An unstarted server is started at the first request, after the fork."""
+
+    def __init__(self, server: ModelServer, *, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        if not isinstance(server, ModelServer):
+            msg = f"ms.wsgi takes a ModelServer, not a {type(server).__name__}; ms.asgi takes an AsyncModelServer"
+            raise TypeError(msg)
+        self._server = server
+        self._api = Api(server.core)
+        self._max_body_bytes = max_body_bytes
+
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        """Serve one WSGI request."""
+        request_id = clean_request_id(environ.get("HTTP_X_REQUEST_ID", ""))
+        try:
+            if not self._server.started:
+                self._server.start()
+            response = self._server.call(self._api(self._request(environ, request_id)))
+        except Exception as error:  # noqa: BLE001  # the outermost frame: what comes here becomes a response
+            response = problem_response(error, request_id)
+        return _send(start_response, response, head=environ["REQUEST_METHOD"] == "HEAD")
+
+    def _request(self, environ: Environ, request_id: str | None) -> Request:
+        return Request(
+            method="GET" if environ["REQUEST_METHOD"] == "HEAD" else environ["REQUEST_METHOD"],
+            path=environ.get("PATH_INFO", "").encode("latin-1").decode(errors="replace"),
+            body=self._body(environ),
+            content_type=environ.get("CONTENT_TYPE", ""),
+            request_id=request_id,
+            root=environ.get("SCRIPT_NAME", ""),
+        )
+
+    def _body(self, environ: Environ) -> bytes:
+        declared = environ.get("CONTENT_LENGTH") or ""
+        chunked = bool(environ.get("wsgi.input_terminated")) or "HTTP_TRANSFER_ENCODING" in environ
+        if not declared.isdigit() and not chunked:
+            return b""
+        wanted = int(declared) if declared.isdigit() else self._max_body_bytes + 1
+        if wanted > self._max_body_bytes and declared:
+            raise self._too_large()
+        body: bytes = environ["wsgi.input"].read(wanted)
+        if len(body) > self._max_body_bytes:
+            raise self._too_large()
+        return body
+
+    def _too_large(self) -> HttpProblem:
+        return HttpProblem(413, "content-too-large", f"the body is larger than {self._max_body_bytes} bytes")
+
+
+def _send(start_response: StartResponse, response: Response, *, head: bool) -> Iterable[bytes]:
+    headers = [("Content-Type", response.content_type), ("Content-Length", str(len(response.body)))]
+    # Whether a connection closes is the server's business in WSGI (PEP 3333 forbids hop-by-hop headers).
+    headers += [(name.title(), value) for name, value in response.headers if name != "connection"]
+    start_response(f"{response.status} {HTTPStatus(response.status).phrase}", headers)
+    return [b"" if head else response.body]
+
+
+def wsgi(server: ModelServer, *, max_body_bytes: int = MAX_BODY_BYTES) -> WsgiFace:
+    """Return a server's WSGI app: ``DispatcherMiddleware(flask_app, {"/ml": ms.wsgi(server)})``.
+
+    Uses a started server, or starts it at the first request, after the web server's fork. Bodies over
+    ``max_body_bytes`` get a 413.
+    """
+    return WsgiFace(server, max_body_bytes=max_body_bytes)

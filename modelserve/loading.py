@@ -1,0 +1,187 @@
+"""One version into service: fetch, verify, load, warm up, reproduce the golden example. And out again: drain, free."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from concurrent.futures import Executor
+from typing import Any, Final
+
+import orjson
+
+from modelserve import plugins
+from modelserve.artifacts import ArtifactStore, DiskCache, Lease
+from modelserve.config import ModelOptions
+from modelserve.errors import LoadFailed, ModelServeError
+from modelserve.execution.pool import Pool
+from modelserve.execution.thread import ThreadReplica
+from modelserve.ports import Model
+from modelserve.signature import Signature
+from modelserve.types import Artifact, Json, ModelVersion, Row
+
+_WARM_UP_LIMIT_S: Final = 60.0
+_SLOW_BATCH_S: Final = 0.25  # larger buckets of a model this slow would delay the swap more than they warm
+_RELATIVE, _ABSOLUTE = 1e-4, 1e-6  # what another CPU's kernels may change in the last digits of a float32
+
+
+class LoadedVersion:
+    """A version that can answer: its signature, its pool, and a count of the requests on it.
+
+    A request holds a lease from choosing the version to its answer; :meth:`unload` waits for the last of them.
+    """
+
+    __slots__ = ("_artifact", "_drained", "_leases", "meta", "options", "pool", "signature", "timeout_s")
+
+    def __init__(
+        self, meta: ModelVersion, options: ModelOptions, signature: Signature, pool: Pool, artifact: Lease
+    ) -> None:
+        self.meta = meta
+        self.options = options
+        self.signature = signature
+        self.pool = pool
+        self.timeout_s = options.timeout_ms / 1000
+        self._artifact = artifact
+        self._leases = 0
+        self._drained: asyncio.Event | None = None
+
+    def __enter__(self) -> LoadedVersion:
+        self._leases += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leases -= 1
+        if self._leases == 0 and self._drained is not None:
+            self._drained.set()
+
+    async def unload(self) -> None:
+        """Wait until no request is on this version, then free it."""
+        if self._leases:
+            self._drained = asyncio.Event()
+            await self._drained.wait()
+        await self.pool.stop()
+        self._artifact.release()
+
+
+class Loader:
+    """Takes versions into service, with blocking work (downloads, hashing) on ``executor``."""
+
+    def __init__(self, store: ArtifactStore, cache: DiskCache, executor: Executor) -> None:
+        self._store = store
+        self._cache = cache
+        self._executor = executor
+
+    async def load(self, meta: ModelVersion, options: ModelOptions) -> LoadedVersion:
+        """Return the version, warm and proven to answer as it did at registration.
+
+        Raises ``LoadError`` (or ``BackendUnavailable`` when the artifact cannot be had now); nothing stays behind then.
+        """
+        signature = Signature.from_json(meta.signature)
+        artifact = await self._fetch(meta.artifact)
+        pool = _pool_for(meta, options, signature, artifact)
+        try:
+            await pool.start()
+            await self._prove(meta, options, signature, pool)
+        except BaseException:
+            await asyncio.shield(_discard(pool, artifact))
+            raise
+        return LoadedVersion(meta, options, signature, pool, artifact)
+
+    async def _prove(self, meta: ModelVersion, options: ModelOptions, signature: Signature, pool: Pool) -> None:
+        if meta.example is None:
+            return
+        example = await self._run(self._read_json, meta.example)
+        rows = [signature.validate(record) for record in example["inputs"]]
+        await _warm_up(pool, rows, min(options.batch_rows, options.queue_limit))
+        if example["outputs"] is not None:
+            _compare(example["outputs"], await _answer(pool, rows[: options.queue_limit]))
+
+    async def _fetch(self, artifact: Artifact) -> Lease:
+        fetching = asyncio.ensure_future(self._run(self._cache.fetch, self._store, artifact))
+        try:
+            return await asyncio.shield(fetching)  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            # The thread goes on and will come back with a lease that nobody waits for.
+            fetching.add_done_callback(_release)
+            raise
+
+    def _read_json(self, artifact: Artifact) -> Json:
+        with self._cache.fetch(self._store, artifact) as lease:
+            return orjson.loads(lease.path.read_bytes())
+
+    async def _run(self, call: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
+
+
+def _pool_for(meta: ModelVersion, options: ModelOptions, signature: Signature, artifact: Lease) -> Pool:
+    def load() -> Model:
+        framework = plugins.framework(meta.framework)
+        return framework.load(
+            artifact.path, meta.artifact.format, meta.load_options, allow_pickle=options.allow_pickle
+        )
+
+    return Pool(
+        lambda: ThreadReplica(load, signature, name=f"modelserve-{meta.model_name}-{meta.version}"),
+        replicas=options.replicas,
+        max_batch_size=options.batch_rows,
+        queue_limit=options.queue_limit,
+        max_wait_s=options.max_wait_ms / 1000,
+    )
+
+
+def _release(fetching: asyncio.Future[Lease]) -> None:
+    if not fetching.cancelled() and fetching.exception() is None:
+        fetching.result().release()
+
+
+async def _discard(pool: Pool, artifact: Lease) -> None:
+    await pool.stop()
+    artifact.release()
+
+
+# -- warm-up and golden example ----------------------------------------------------------------------------
+
+
+async def _warm_up(pool: Pool, rows: list[Row], largest: int) -> None:
+    """Run every batch size that is a power of two, so that no request pays for a first time."""
+    loop = asyncio.get_running_loop()
+    size = 1
+    while size <= largest:
+        started = loop.time()
+        await _answer(pool, [rows[i % len(rows)] for i in range(size)])
+        if loop.time() - started > _SLOW_BATCH_S:
+            return
+        size *= 2
+
+
+async def _answer(pool: Pool, rows: list[Row]) -> list[Json]:
+    try:
+        answers = await pool.submit(rows, asyncio.get_running_loop().time() + _WARM_UP_LIMIT_S)
+    except ModelServeError as error:
+        raise LoadFailed(f"the warm-up failed: {error}") from error
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise LoadFailed(f"the warm-up failed: {answer}") from answer
+    return answers
+
+
+def _compare(expected: list[Json], answers: list[Json]) -> None:
+    """Refuse a version that does not answer its golden example as it did at registration."""
+    for i, (wanted, found) in enumerate(zip(expected, orjson.loads(orjson.dumps(answers)), strict=False)):
+        if not agrees(wanted, found):
+            raise LoadFailed(f"golden example, row {i}: registered answer {_short(wanted)}, got {_short(found)}")
+
+
+def agrees(wanted: Json, found: Json) -> bool:
+    """Whether two JSON values are the same but for the last digits of their floats."""
+    if isinstance(wanted, float) and isinstance(found, int | float):
+        return math.isclose(wanted, found, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE)
+    if isinstance(wanted, list) and isinstance(found, list):
+        return len(wanted) == len(found) and all(map(agrees, wanted, found))
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        return wanted.keys() == found.keys() and all(agrees(wanted[key], found[key]) for key in wanted)
+    return type(wanted) is type(found) and bool(wanted == found)
+
+
+def _short(value: Json) -> str:
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."  # noqa: PLR2004

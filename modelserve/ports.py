@@ -1,0 +1,79 @@
+"""What modelserve needs from the outside, as small protocols. Adapters satisfy them without inheriting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from modelserve.types import Columns, FrameworkName, Json, Row
+
+
+class Model(Protocol):
+    """A loaded model."""
+
+    def infer(self, columns: Columns) -> Columns:
+        """Answer a batch: same number of rows out as in, in the same order."""
+        ...
+
+
+class SavedModel(Protocol):
+    """What a framework adapter leaves after saving: a file or a folder, and how to read it again."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def load_options(self) -> Mapping[str, Json]: ...
+
+
+@runtime_checkable
+class Framework(Protocol):
+    """Saves and loads the models of one framework. One loader per format; never a fallback to another."""
+
+    name: FrameworkName
+
+    def save(self, model: Any, folder: Path, options: Mapping[str, Json]) -> SavedModel:
+        """Write ``model`` (an object, or the path of a file already written) into ``folder``.
+
+        ``options`` holds what the user asked for: ``method``, ``trusted``, ``format``.
+        Raises ``ArtifactUnsafe`` when the safe format would need trust that was not given.
+        """
+        ...
+
+    def wrap(self, model: Any, load_options: Mapping[str, Json]) -> Model:
+        """Make a live object answer batches, exactly as it will once loaded."""
+        ...
+
+    def load(self, path: Path, format: str, load_options: Mapping[str, Json], *, allow_pickle: bool = False) -> Model:  # noqa: A002
+        """Read a saved model. Raises ``ArtifactUnsafe`` before any byte of an unsafe format is run."""
+        ...
+
+
+class Replica(Protocol):
+    """One worker that holds one loaded model and runs one batch at a time."""
+
+    async def start(self) -> None:
+        """Load the model. Raises ``LoadError``."""
+        ...
+
+    def infer(self, rows: Sequence[Row]) -> asyncio.Future[Columns]:
+        """Stack the rows and run them as one batch. Fails with ``ExecutionError``."""
+        ...
+
+    async def stop(self) -> None:
+        """Finish the running batch, free the model. Safe to call twice."""
+        ...
+
+    @property
+    def alive(self) -> bool: ...
+
+
+class ChangeHints(Protocol):
+    """Tells that a model's deployment may have changed. Hints may be lost, repeated or late: a poll covers them."""
+
+    def subscribe(self, listener: Callable[[str], None]) -> Callable[[], None]:
+        """Call ``listener(model_name)`` on changes, from any thread; return what ends the subscription."""
+        ...

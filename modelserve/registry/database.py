@@ -1,0 +1,218 @@
+"""The database behind the registry: engine, transactions, schema."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.pool import NullPool, Pool, QueuePool
+
+from modelserve import plugins
+from modelserve.errors import BackendUnavailable, ConfigError, InvalidInput, SchemaOutdated
+from modelserve.registry.tables import HEAD, VERSION_TABLE
+
+_BACKEND: Final = "registry database"
+_DRIVERS: Final = {
+    "sqlite": "sqlite",
+    "sqlite+pysqlite": "sqlite",
+    "postgres": "postgresql+psycopg",
+    "postgresql": "postgresql+psycopg",
+    "postgresql+psycopg": "postgresql+psycopg",
+}
+_SECRETS: Final = frozenset({"password", "sslpassword"})
+_CONNECT_TIMEOUT_S: Final = 5
+_LOCK_WAIT_MS: Final = 30_000
+_MIGRATION_LOCK: Final = 0x6D6F_6465_6C73_7276  # any number that no other program takes: "modelsrv"
+_migrating = threading.Lock()  # alembic keeps the running migration in module globals
+
+
+class Database:
+    """Hands out connections in a transaction, on tables that are known to fit this release.
+
+    Nothing is opened before first use, and a copy made by ``fork`` opens connections of its own.
+    Driver errors leave as ``BackendUnavailable``.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = _parse(url)
+        self._engine = _engine(self.url)
+        self._pid = os.getpid()
+        self._inherited: list[Pool] = []
+        self._schema_fits = False
+
+    def __repr__(self) -> str:
+        return f"Database({self.shown_url!r})"
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without its secrets."""
+        query = {key: "***" if key in _SECRETS else value for key, value in self.url.query.items()}
+        return self.url.set(query=query).render_as_string(hide_password=True)
+
+    @property
+    def file(self) -> Path | None:
+        """The SQLite file; None for a database that is not a file."""
+        return Path(str(self.url.database)) if self.url.drivername == "sqlite" and not _in_memory(self.url) else None
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """Open a transaction to read in. On SQLite it waits for no writer."""
+        self._require_schema()
+        with self._transaction(write=False) as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """Open a transaction to write in; it is committed unless the body raises."""
+        self._require_schema()
+        with self._transaction(write=True) as connection:
+            yield connection
+
+    def upgrade(self) -> None:
+        """Create the tables, or bring them to this release. Safe when many processes do so at once.
+
+        Raises ``SchemaOutdated`` when a later release already went further.
+        """
+        with _migrating, self._transaction(write=True) as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            found = _revision(connection)
+            if found != HEAD:
+                _migrate(connection, found)
+        self._schema_fits = True
+
+    def close(self) -> None:
+        """Close the idle connections. Later use opens new ones."""
+        self._leave_inherited_connections()
+        self._engine.dispose()
+
+    def _require_schema(self) -> None:
+        if self._schema_fits:
+            return
+        with self._transaction(write=False) as connection:
+            found = _revision(connection)
+        if found is None:
+            self.upgrade()
+        elif found != HEAD:
+            raise SchemaOutdated(found, HEAD)
+        self._schema_fits = True
+
+    @contextlib.contextmanager
+    def _transaction(self, *, write: bool) -> Iterator[sa.Connection]:
+        self._leave_inherited_connections()
+        with (
+            _our_errors(),
+            self._engine.connect().execution_options(modelserve_write=write) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    def _leave_inherited_connections(self) -> None:
+        if self._pid == os.getpid():
+            return
+        self._inherited.append(self._engine.pool)  # kept, so that the parent's sockets are not even closed here
+        self._engine.dispose(close=False)
+        self._pid = os.getpid()
+
+
+def _parse(text: str) -> sa.URL:
+    try:
+        url = sa.make_url(text)
+    except (sa.exc.ArgumentError, ValueError):
+        # The cause is left out: it may quote a part of the password.
+        raise ConfigError("the registry's URL cannot be read; special characters in it must be %-encoded") from None
+    if url.drivername not in _DRIVERS:
+        msg = f"the registry keeps its rows in sqlite:// or postgresql://, not in {url.drivername}://"
+        raise ConfigError(msg)
+    url = url.set(drivername=_DRIVERS[url.drivername])
+    if url.drivername == "sqlite" and not _in_memory(url) and not str(url.database).startswith("file:"):
+        return url.set(database=str(Path(str(url.database)).absolute()))  # the host may change its directory
+    return url
+
+
+def _in_memory(url: sa.URL) -> bool:
+    return url.database in {None, "", ":memory:"}
+
+
+def _engine(url: sa.URL) -> sa.Engine:
+    options: dict[str, Any] = {"hide_parameters": True}
+    if url.drivername == "sqlite":
+        return _sqlite_engine(url, options)
+    plugins.require("psycopg")
+    if "connect_timeout" not in url.query:
+        options["connect_args"] = {"connect_timeout": _CONNECT_TIMEOUT_S}
+    return sa.create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED", **options)
+
+
+def _sqlite_engine(url: sa.URL, options: dict[str, Any]) -> sa.Engine:
+    if _in_memory(url):  # one connection, which every thread takes in turn: another would see another database
+        options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
+        options["connect_args"] = {"check_same_thread": False}
+    else:  # none stays open: SQLite counts its file locks per process and cannot follow an open file over a fork
+        options["poolclass"] = NullPool
+    engine = sa.create_engine(url, **options)
+    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # the driver would begin transactions itself, and late
+    connection.execute(f"PRAGMA busy_timeout = {_LOCK_WAIT_MS}")
+    connection.execute("PRAGMA foreign_keys = ON")
+    with contextlib.suppress(sqlite3.OperationalError):  # only switching needs the file alone; the next one tries again
+        connection.execute("PRAGMA journal_mode = WAL")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    # A deferred transaction that turns to writing fails at once when another wrote meanwhile; this one waits.
+    write = connection.get_execution_options().get("modelserve_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    if not sa.inspect(connection).has_table(VERSION_TABLE):
+        return None
+    return connection.execute(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608  # a constant
+
+
+def _migrate(connection: sa.Connection, found: str | None) -> None:
+    from alembic import command  # noqa: PLC0415  # a serving process on a fitting schema needs none of it
+    from alembic.config import Config  # noqa: PLC0415
+    from alembic.util import CommandError  # noqa: PLC0415
+
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", "modelserve.registry:migrations")
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:  # the revision found is none of ours
+        raise SchemaOutdated(str(found), HEAD) from error
+
+
+@contextlib.contextmanager
+def _our_errors() -> Iterator[None]:
+    try:
+        yield
+    except sa.exc.IntegrityError:
+        raise  # an invariant is broken, which no retry and no caller can mend
+    except sa.exc.DataError as error:
+        raise InvalidInput("", f"the database cannot hold this: {_in_short(error)}") from error
+    except sa.exc.DBAPIError as error:
+        raise BackendUnavailable(_BACKEND, _in_short(error)) from error
+    except sa.exc.TimeoutError as error:
+        raise BackendUnavailable(_BACKEND, "all connections are busy") from error
+
+
+def _in_short(error: sa.exc.DBAPIError) -> str:
+    """Say what the database said; of what the driver says, which quotes host and user, nothing."""
+    if isinstance(error.orig, sqlite3.Error):
+        return str(error.orig)
+    diagnosis = getattr(error.orig, "diag", None)
+    return getattr(diagnosis, "message_primary", None) or "no connection"

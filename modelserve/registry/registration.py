@@ -1,0 +1,119 @@
+"""From a model to what the registry keeps of it: its artifact, its signature, its golden example.
+
+A version is proven before it is registered: the artifact just written is loaded back, and must answer the example
+as the live model does. What cannot be loaded, or answers differently, never gets a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from modelserve import plugins
+from modelserve.artifacts import ArtifactStore
+from modelserve.errors import InvalidInput, ModelServeError
+from modelserve.ports import Framework, Model
+from modelserve.signature import Signature, unstack
+from modelserve.types import Artifact, FrameworkName, Json, Row
+
+_EXAMPLE_ROWS: Final = 8
+_EXAMPLE_FORMAT: Final = "example-json"
+_PICKLES: Final = ("joblib",)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """What a row of the registry says about a model's bytes and inputs."""
+
+    framework: FrameworkName
+    artifact: Artifact
+    signature: Json
+    load_options: Mapping[str, Json]
+    example: Artifact | None
+
+
+def prepare(
+    store: ArtifactStore,
+    model: Any,
+    *,
+    framework: str | None,
+    method: str,
+    example: Any,
+    signature: Signature | None,
+    trusted: Sequence[str],
+    format: str | None,  # noqa: A002  # the word for it, here as in the registry
+) -> Registration:
+    """Save ``model`` (an object or the path of a saved one), prove it, and store it. Adds no row."""
+    adapter = plugins.framework(framework or _framework_of(model))
+    signature = signature or _inferred(example)
+    with tempfile.TemporaryDirectory(prefix="modelserve-") as folder:
+        saved = adapter.save(model, Path(folder), {"method": method, "trusted": list(trusted), "format": format})
+        rows = [] if example is None else signature.rows_of(example, _EXAMPLE_ROWS)
+        outputs = _proven_outputs(adapter, model, saved.path, saved.format, saved.load_options, signature, rows)
+        return Registration(
+            framework=adapter.name,
+            artifact=store.put(saved.path, format=saved.format),
+            signature=signature.to_json(),
+            load_options=dict(saved.load_options),
+            example=_put_example(store, signature, rows, outputs),
+        )
+
+
+def _framework_of(model: Any) -> str:
+    if not isinstance(model, str | Path):
+        return plugins.framework_of(model)
+    if not Path(model).exists():
+        raise InvalidInput("model", f"there is nothing at {model}")
+    return plugins.framework_of_file(Path(model))
+
+
+def _inferred(example: Any) -> Signature:
+    if example is None:
+        raise InvalidInput("example", "give a few rows that the model takes (example=X[:4]), or an explicit signature=")
+    return Signature.infer(example)
+
+
+def _proven_outputs(
+    adapter: Framework,
+    model: Any,
+    path: Path,
+    artifact_format: str,
+    load_options: Mapping[str, Json],
+    signature: Signature,
+    rows: list[Row],
+) -> list[Json] | None:
+    """Return the answers to the example rows; None when there are none, or only a pickle from elsewhere could tell."""
+    given_as_file = isinstance(model, str | Path)
+    if given_as_file and artifact_format in _PICKLES:
+        return None
+    loaded = adapter.load(path, artifact_format, load_options, allow_pickle=not given_as_file)
+    if not rows:
+        return None
+    answers = _answers(loaded, signature, rows)
+    if not given_as_file and answers != _answers(adapter.wrap(model, load_options), signature, rows):
+        raise InvalidInput("model", "the saved model answers the example differently from the live one")
+    return answers
+
+
+def _answers(model: Model, signature: Signature, rows: list[Row]) -> list[Json]:
+    try:
+        values = unstack(model.infer(signature.stack(rows)), len(rows))
+        return orjson.loads(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY))  # type: ignore[no-any-return]
+    except ModelServeError as error:
+        raise InvalidInput("example", f"the model does not answer it: {error}") from error
+    except Exception as error:
+        raise InvalidInput("example", f"the model does not answer it: {type(error).__name__}: {error}") from error
+
+
+def _put_example(
+    store: ArtifactStore, signature: Signature, rows: list[Row], outputs: list[Json] | None
+) -> Artifact | None:
+    if not rows:
+        return None
+    document = {"inputs": [signature.record(row) for row in rows], "outputs": outputs}
+    return store.put_bytes(orjson.dumps(document), format=_EXAMPLE_FORMAT)

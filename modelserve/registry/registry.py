@@ -1,0 +1,427 @@
+"""The registry's rows: which versions there are, and which one is wanted in production.
+
+Truth is a row. Every change happens in one transaction that holds the lock of the model's deployment row, raises its
+generation and appends one event; hints go out after the commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import getpass
+import json
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from modelserve.artifacts import ArtifactStore
+from modelserve.errors import ConfigError, InvalidInput, InvalidTransition, ModelNotFound, VersionExists, VersionNotFound
+from modelserve.registry.database import Database
+from modelserve.registry.hints import Hints
+from modelserve.registry.names import check_names, check_text, is_name
+from modelserve.registry.registration import prepare
+from modelserve.registry.rows import (
+    example_columns,
+    find_version,
+    read_events,
+    require_model,
+    require_version,
+    standing,
+    to_version,
+)
+from modelserve.registry.tables import deployment, deployment_event, model_version
+from modelserve.signature import Signature
+from modelserve.types import (
+    Artifact,
+    DeploymentEvent,
+    DeploymentState,
+    FrameworkName,
+    Json,
+    ModelVersion,
+    Status,
+)
+
+_Action = Literal["register", "promote", "rollback", "archive"]
+
+
+def _utc_now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
+class Registry:
+    """Versions of models and their way to production, in SQLite (``sqlite:///models.db``) or PostgreSQL.
+
+    ``artifacts`` is the fsspec URL of the folder that holds the models' bytes. ``now`` tells the time, aware.
+    Nothing is opened before first use, which creates the tables in an empty database. One registry may be used from
+    many threads, and by processes forked after it was made. Every method may raise ``BackendUnavailable`` when the
+    database does not answer and ``SchemaOutdated`` when its tables are of another release.
+    """
+
+    def __init__(
+        self, url: str, artifacts: str | None = None, *, now: Callable[[], dt.datetime] = _utc_now
+    ) -> None:
+        self._database = Database(url)
+        self._artifacts_url = artifacts
+        self._artifacts: ArtifactStore | None = None
+        self._now = now
+        self._hints = Hints()
+
+    def __repr__(self) -> str:
+        return f"Registry({self._database.shown_url!r})"
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the idle connections. Safe to call twice; later use opens new ones."""
+        self._database.close()
+
+    def upgrade(self) -> None:
+        """Bring the tables to this release. Safe when many processes do so at once."""
+        self._database.upgrade()
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    def models(self) -> list[str]:
+        """Return the names of all models, sorted."""
+        return sorted(self.generations())
+
+    def generations(self) -> dict[str, int]:
+        """Return each model's generation: one query, cheap enough for a poll each second."""
+        with self._database.read() as connection:
+            rows = connection.execute(sa.select(deployment.c.model_name, deployment.c.generation))
+            return {row.model_name: row.generation for row in rows}
+
+    def get(self, model_name: str, version: str) -> ModelVersion:
+        """Return one version. Raises ``ModelNotFound``, ``VersionNotFound``."""
+        with self._database.read() as connection:
+            return require_version(connection, model_name, version)
+
+    def versions(self, model_name: str) -> list[ModelVersion]:
+        """Return a model's versions, newest first. Raises ``ModelNotFound``."""
+        with self._database.read() as connection:
+            require_model(connection, model_name)
+            query = sa.select(model_version).where(model_version.c.model_name == model_name)
+            return [to_version(row) for row in connection.execute(query.order_by(model_version.c.id.desc()))]
+
+    def production(self, model_name: str) -> ModelVersion:
+        """Return the version in production. Raises ``ModelNotFound``, or ``VersionNotFound`` when there is none."""
+        production = self.deployment(model_name).production
+        if production is None:
+            raise VersionNotFound(model_name, None)
+        return production
+
+    def deployment(self, model_name: str) -> DeploymentState:
+        """Return what is wanted served for a model, as of one moment. Raises ``ModelNotFound``."""
+        if not is_name(model_name):
+            raise ModelNotFound(model_name)
+        pointers = (deployment.c.generation, deployment.c.production_id, deployment.c.previous_id)
+        pointed_at = model_version.c.id.in_(pointers[1:])
+        query = (  # one statement: between two, another transaction could commit
+            sa.select(*pointers, model_version)
+            .select_from(deployment.outerjoin(model_version, pointed_at))
+            .where(deployment.c.model_name == model_name)
+        )
+        with self._database.read() as connection:
+            rows = connection.execute(query).all()
+        if not rows:
+            raise ModelNotFound(model_name)
+        generation, production_id, previous_id = rows[0][:3]
+        found = {row.id: to_version(row) for row in rows if row.id is not None}
+        return DeploymentState(
+            model_name=model_name,
+            generation=generation,
+            production=found.get(production_id),
+            previous=found.get(previous_id),
+        )
+
+    def history(self, model_name: str) -> list[DeploymentEvent]:
+        """Return everything that was done to a model, oldest first. Raises ``ModelNotFound``."""
+        with self._database.read() as connection:
+            require_model(connection, model_name)
+            return read_events(connection, model_name)
+
+    def subscribe(self, listener: Callable[[str], None]) -> Callable[[], None]:
+        """Call ``listener(model_name)`` after each change made through this object; return what ends it.
+
+        It is called in the thread that made the change, which waits for it.
+        """
+        return self._hints.subscribe(listener)
+
+    @property
+    def artifacts(self) -> ArtifactStore:
+        """The store of the models' bytes. Without ``artifacts=`` it is a folder beside a SQLite file."""
+        if self._artifacts is None:
+            self._artifacts = ArtifactStore(self._artifacts_url or self._folder_beside_database())
+        return self._artifacts
+
+    def _folder_beside_database(self) -> str:
+        path = self._database.file
+        if path is None:
+            raise ConfigError("say where the models' bytes are kept: Registry(url, artifacts='s3://bucket/models')")
+        return str(path.parent / "artifacts")
+
+    # -- changing ------------------------------------------------------------------------------------------
+
+    def register(
+        self,
+        model_name: str,
+        version: str,
+        model: Any,
+        *,
+        example: Any = None,
+        signature: Signature | None = None,
+        framework: str | None = None,
+        method: str = "predict",
+        trusted: Sequence[str] = (),
+        format: str | None = None,  # noqa: A002  # the word for it
+        metrics: Mapping[str, Json] | None = None,
+        tags: Mapping[str, str] | None = None,
+        actor: str | None = None,
+        reason: str = "",
+    ) -> ModelVersion:
+        """Save a model, prove that it loads and answers, and add it as a version with status ``staging``.
+
+        ``model`` is a live object or the path of a saved one. ``example`` holds a few rows that the model takes (an
+        array, a DataFrame, a mapping of columns): the signature is inferred from it, and the answers to it are
+        checked again wherever the version is loaded. ``method`` is what a request calls; ``trusted`` lists types
+        that the safe format would otherwise refuse; ``format`` picks another than the framework's safe default.
+
+        Raises ``InvalidInput`` for what cannot be served, ``ArtifactUnsafe`` for types that would need trust, and
+        ``VersionExists``: a version is registered once.
+        """
+        check_names(model_name, version)
+        if self._exists(model_name, version):
+            raise VersionExists(model_name, version)
+        prepared = prepare(
+            self.artifacts,
+            model,
+            framework=framework,
+            method=method,
+            example=example,
+            signature=signature,
+            trusted=trusted,
+            format=format,
+        )
+        return self._insert(
+            model_name=model_name,
+            version=version,
+            framework=prepared.framework,
+            artifact=prepared.artifact,
+            signature=prepared.signature,
+            load_options=prepared.load_options,
+            example=prepared.example,
+            metrics=metrics or {},
+            tags=tags or {},
+            actor=actor,
+            reason=reason,
+        )
+
+    def promote(self, model_name: str, version: str, *, actor: str | None = None, reason: str = "") -> ModelVersion:
+        """Put a version into production; the one before is archived and becomes ``previous``.
+
+        Promoting what is in production already changes nothing. Raises ``ModelNotFound``, ``VersionNotFound``.
+        """
+        with self._change(model_name, "promote", actor, reason) as change:
+            target = require_version(change.connection, model_name, version)
+            if target.status == "production":
+                return target
+            return change.produce(target, previous=change.production)
+
+    def rollback(self, model_name: str, *, actor: str | None = None, reason: str = "") -> ModelVersion:
+        """Put the previous version back into production and archive the present one; return the former.
+
+        Can be repeated back to the first version ever promoted. Raises ``ModelNotFound``, and ``InvalidTransition``
+        when nothing was in production before.
+        """
+        with self._change(model_name, "rollback", actor, reason) as change:
+            if change.previous is None:
+                raise InvalidTransition(model_name, None, "nothing was in production before; promote a version")
+            earlier = standing(read_events(change.connection, model_name))[:-2]
+            before = require_version(change.connection, model_name, earlier[-1]) if earlier else None
+            return change.produce(change.previous, previous=before)
+
+    def archive(self, model_name: str, version: str, *, actor: str | None = None, reason: str = "") -> ModelVersion:
+        """Take a version out of staging; archiving an archived one changes nothing.
+
+        Raises ``ModelNotFound``, ``VersionNotFound``, and ``InvalidTransition`` for the version in production.
+        """
+        with self._change(model_name, "archive", actor, reason) as change:
+            target = require_version(change.connection, model_name, version)
+            if target.status == "production":
+                problem = "is in production; promote another version or roll back first"
+                raise InvalidTransition(model_name, version, problem)
+            if target.status == "archived":
+                return target
+            change.version = version
+            return change.set_status(target, "archived")
+
+    def _exists(self, model_name: str, version: str) -> bool:
+        with self._database.read() as connection:
+            return find_version(connection, model_name, version) is not None
+
+    def _insert(
+        self,
+        *,
+        model_name: str,
+        version: str,
+        framework: FrameworkName,
+        artifact: Artifact,
+        signature: Json,
+        load_options: Mapping[str, Json],
+        example: Artifact | None,
+        metrics: Mapping[str, Json],
+        tags: Mapping[str, str],
+        actor: str | None,
+        reason: str,
+    ) -> ModelVersion:
+        """Add the row of a version whose bytes are saved, in staging. Raises ``InvalidInput``, ``VersionExists``."""
+        check_names(model_name, version)
+        row = {
+            "model_name": model_name,
+            "version": version,
+            "framework": framework,
+            "artifact_s3_key": artifact.key,
+            "artifact_sha256": artifact.sha256,
+            "artifact_bytes": artifact.size,
+            "artifact_format": artifact.format,
+            "signature": _plain_json("signature", signature),
+            "load_options": _plain_json("load_options", load_options),
+            "metrics": _plain_json("metrics", metrics),
+            "tags": _plain_json("tags", tags),
+            "status": "staging",
+            "created_at": self._now(),
+        }
+        with self._change(model_name, "register", actor, reason, create=True) as change:
+            if find_version(change.connection, model_name, version) is not None:
+                raise VersionExists(model_name, version)
+            change.connection.execute(sa.insert(model_version).values(**row, **example_columns(example)))
+            change.version = version
+            return require_version(change.connection, model_name, version)
+
+    @contextlib.contextmanager
+    def _change(
+        self, model_name: str, action: _Action, actor: str | None, reason: str, *, create: bool = False
+    ) -> Iterator[_Change]:
+        """Open the one transaction in which a model's deployment may change, and hold its lock."""
+        actor = _default_actor() if actor is None else actor
+        check_text("actor", actor)
+        check_text("reason", reason)
+        with self._database.write() as connection:
+            if create:
+                _create_deployment(connection, model_name, self._now())
+            row = require_model(connection, model_name, lock=True)
+            change = _Change.of(connection, row)
+            yield change
+            if change.version is None:
+                return
+            change.save(row.generation + 1, self._now())
+            _append_event(change, row.generation + 1, action, actor, reason, self._now())
+        self._hints.publish(model_name)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Change:
+    """What one transaction makes of one model's deployment.
+
+    ``version`` is the one that was acted upon; None while nothing changed, and then there is no new generation.
+    """
+
+    connection: sa.Connection
+    model_name: str
+    production: ModelVersion | None
+    previous: ModelVersion | None
+    version: str | None = None
+
+    @classmethod
+    def of(cls, connection: sa.Connection, row: sa.Row[Any]) -> _Change:
+        pointed_at = model_version.c.id.in_([row.production_id, row.previous_id])
+        found = {each.id: to_version(each) for each in connection.execute(sa.select(model_version).where(pointed_at))}
+        return cls(
+            connection=connection,
+            model_name=row.model_name,
+            production=found.get(row.production_id),
+            previous=found.get(row.previous_id),
+        )
+
+    def produce(self, target: ModelVersion, *, previous: ModelVersion | None) -> ModelVersion:
+        """Put ``target`` into production in the place of the present one."""
+        if self.production is not None:  # first, or there would be two for a moment, which the database refuses
+            self.set_status(self.production, "archived")
+        self.production = self.set_status(target, "production")
+        self.previous = previous
+        self.version = target.version
+        return self.production
+
+    def set_status(self, target: ModelVersion, status: Status) -> ModelVersion:
+        changed = sa.update(model_version).where(model_version.c.id == target.id).values(status=status)
+        self.connection.execute(changed)
+        return dataclasses.replace(target, status=status)
+
+    def save(self, generation: int, now: dt.datetime) -> None:
+        """Write the deployment row."""
+        self.connection.execute(
+            sa.update(deployment)
+            .where(deployment.c.model_name == self.model_name)
+            .values(
+                production_id=self.production and self.production.id,
+                previous_id=self.previous and self.previous.id,
+                generation=generation,
+                updated_at=now,
+            )
+        )
+
+
+def _create_deployment(connection: sa.Connection, model_name: str, now: dt.datetime) -> None:
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    row = insert(deployment).values(model_name=model_name, generation=0, updated_at=now)
+    connection.execute(row.on_conflict_do_nothing())
+
+
+def _append_event(
+    change: _Change, generation: int, action: _Action, actor: str, reason: str, now: dt.datetime
+) -> None:
+    row = {
+        "model_name": change.model_name,
+        "generation": generation,
+        "action": action,
+        "version": change.version,
+        "production": change.production and change.production.version,
+        "previous": change.previous and change.previous.version,
+        "actor": actor,
+        "reason": reason,
+        "occurred_at": now,
+    }
+    change.connection.execute(sa.insert(deployment_event).values(row))
+
+
+def _plain_json(field: str, value: Json) -> Json:
+    try:
+        return json.loads(json.dumps(value, allow_nan=False, default=_plain_scalar))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInput(field, f"is not JSON: {error}") from error
+
+
+def _plain_scalar(value: object) -> Json:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is not a JSON type")
+
+
+def _default_actor() -> str:
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user id without a name
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"

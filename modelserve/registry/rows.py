@@ -1,0 +1,117 @@
+"""Rows to values, and the queries that more than one method needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+
+from modelserve.errors import ModelNotFound, VersionNotFound
+from modelserve.registry.names import is_name
+from modelserve.registry.tables import deployment, deployment_event, model_version
+from modelserve.types import Artifact, DeploymentEvent, ModelVersion
+
+EXAMPLE_FORMAT = "example-json"
+
+
+def find_version(connection: sa.Connection, model_name: str, version: str) -> ModelVersion | None:
+    """Read one version; None when there is none, or the text could not be a name at all."""
+    if not (is_name(model_name) and is_name(version)):
+        return None
+    wanted = (model_version.c.model_name == model_name) & (model_version.c.version == version)
+    row = connection.execute(sa.select(model_version).where(wanted)).one_or_none()
+    return None if row is None else to_version(row)
+
+
+def require_version(connection: sa.Connection, model_name: str, version: str) -> ModelVersion:
+    """Read one version. Raises ``ModelNotFound``, ``VersionNotFound``."""
+    found = find_version(connection, model_name, version)
+    if found is None:
+        require_model(connection, model_name)
+        raise VersionNotFound(model_name, version)
+    return found
+
+
+def require_model(connection: sa.Connection, model_name: str, *, lock: bool = False) -> sa.Row[Any]:
+    """Read a model's deployment row, holding its lock to the end of the transaction if told. Raises ``ModelNotFound``."""
+    if not is_name(model_name):
+        raise ModelNotFound(model_name)
+    query = sa.select(deployment).where(deployment.c.model_name == model_name)
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    if row is None:
+        raise ModelNotFound(model_name)
+    return row
+
+
+def read_events(connection: sa.Connection, model_name: str) -> list[DeploymentEvent]:
+    """Read a model's events, oldest first; empty when there is no such model."""
+    if not is_name(model_name):
+        return []
+    events = deployment_event
+    query = sa.select(events).where(events.c.model_name == model_name).order_by(events.c.generation)
+    return [to_event(row) for row in connection.execute(query)]
+
+
+def standing(events: Iterable[DeploymentEvent]) -> list[str]:
+    """Return the versions that rollbacks can reach, oldest first; the last one is in production.
+
+    A version that was rolled back is not among them, unless it was promoted again since.
+    """
+    stack: list[str] = []
+    for event in events:
+        if event.action == "rollback":
+            stack.pop()
+        elif event.production is not None and event.production not in stack[-1:]:
+            stack.append(event.production)
+    return stack
+
+
+def to_version(row: sa.Row[Any]) -> ModelVersion:
+    """Make the value of a ``model_version`` row."""
+    return ModelVersion(
+        id=row.id,
+        model_name=row.model_name,
+        version=row.version,
+        framework=row.framework,
+        artifact=Artifact(
+            key=row.artifact_s3_key, sha256=row.artifact_sha256, size=row.artifact_bytes, format=row.artifact_format
+        ),
+        signature=row.signature,
+        load_options=row.load_options,
+        example=_example(row),
+        metrics=row.metrics,
+        tags=row.tags,
+        status=row.status,
+        created_at=row.created_at,
+    )
+
+
+def to_event(row: sa.Row[Any]) -> DeploymentEvent:
+    """Make the value of a ``deployment_event`` row."""
+    return DeploymentEvent(
+        model_name=row.model_name,
+        generation=row.generation,
+        action=row.action,
+        version=row.version,
+        production=row.production,
+        previous=row.previous,
+        actor=row.actor,
+        reason=row.reason,
+        occurred_at=row.occurred_at,
+    )
+
+
+def example_columns(example: Artifact | None) -> dict[str, str | int | None]:
+    """Return what a golden example puts into its version's row."""
+    if example is None:
+        return dict.fromkeys(("example_s3_key", "example_sha256", "example_bytes"))
+    return {"example_s3_key": example.key, "example_sha256": example.sha256, "example_bytes": example.size}
+
+
+def _example(row: sa.Row[Any]) -> Artifact | None:
+    if row.example_s3_key is None:
+        return None
+    return Artifact(
+        key=row.example_s3_key, sha256=row.example_sha256, size=row.example_bytes, format=EXAMPLE_FORMAT
+    )
