@@ -66,9 +66,35 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
-__all__ = [  # noqa: PLE0604  # computed so that it cannot differ from what is importable; a test pins it
+__all__ = [
+    "ArtifactCorrupt",
+    "ArtifactUnsafe",
+    "AsyncModelServer",
+    "BackendUnavailable",
+    "ConfigError",
+    "DeadlineExceeded",
+    "Field",
+    "InferenceFailed",
+    "InvalidInput",
+    "InvalidTransition",
+    "LoadError",
+    "MissingDependency",
+    "ModelNotFound",
+    "ModelOptions",
+    "ModelServeError",
+    "ModelServer",
+    "ModelVersion",
+    "NotReady",
+    "Overloaded",
+    "Prediction",
+    "Registry",
+    "Settings",
+    "Signature",
+    "VersionExists",
+    "VersionNotFound",
     "__version__",
-    *sorted(_HOME_OF),
+    "asgi",
+    "wsgi",
 ]
 
 

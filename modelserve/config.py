@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from modelserve.errors import ConfigError
 
@@ -55,9 +61,7 @@ class ModelOptions(BaseModel):
 class Settings(BaseSettings):
     """Everything a server is built from. ``models=None`` serves every model that has a production version."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix="MODELSERVE_", env_nested_delimiter="__"
-    )
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="MODELSERVE_", env_nested_delimiter="__")
 
     registry: str = "sqlite:///models.db"
     artifacts: str | None = None

@@ -194,9 +194,7 @@ class SchemaOutdated(ConfigError):
     """The database has the tables of another release."""
 
     def __init__(self, found: str, wanted: str) -> None:
-        super().__init__(
-            f"the database is at schema {found}, this release needs {wanted}; run `modelserve db upgrade`"
-        )
+        super().__init__(f"the database is at schema {found}, this release needs {wanted}; run `modelserve db upgrade`")
         self.found = found
         self.wanted = wanted
 

@@ -81,7 +81,7 @@ class Observers:
         for observer in self._observers:
             try:
                 observer(event)
-            except Exception:
+            except Exception:  # noqa: BLE001  # an observer is the host's code; the request is not its business
                 self.failures += 1
                 if self.failures == 1:
                     _log.exception("an observer failed on %s; further failures are only counted", type(event).__name__)

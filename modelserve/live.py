@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any, Final, Protocol
 
@@ -30,8 +30,13 @@ _LAST_RETRY_S: Final = 60.0
 class Deployments(ChangeHints, Protocol):
     """What the reconciler reads of a registry."""
 
-    def generations(self) -> dict[str, int]: ...
-    def deployment(self, model_name: str) -> DeploymentState: ...
+    def generations(self) -> dict[str, int]:
+        """Return each model's generation; asked at every poll."""
+        ...
+
+    def deployment(self, model_name: str) -> DeploymentState:
+        """Return what is wanted of a model as of one moment. Raises ``ModelNotFound``."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ class Live:
         self._poll_s = poll_s
         self._keepers: dict[str, _Keeper] = {}
         self._poll: asyncio.Task[None] | None = None
-        self._unsubscribe = lambda: None
+        self._unsubscribe: Callable[[], None] = _nothing
         self._problem: str | None = None
 
     def __getitem__(self, model_name: str) -> Deployment:
@@ -171,9 +176,20 @@ class Live:
         keeper = self._keepers.get(model_name)
         if keeper is None:
             options = (self._models or {}).get(model_name) or ModelOptions()
-            keeper = _Keeper(model_name, options, self._registry, self._loader, self._executor, self._observers)
+            keeper = _Keeper(
+                model_name,
+                options,
+                registry=self._registry,
+                loader=self._loader,
+                executor=self._executor,
+                observers=self._observers,
+            )
             self._keepers[model_name] = keeper
         return keeper
+
+
+def _nothing() -> None:
+    """Do nothing: what there is to undo before anything was done."""
 
 
 class _Keeper:
@@ -183,6 +199,7 @@ class _Keeper:
         self,
         model_name: str,
         options: ModelOptions,
+        *,
         registry: Deployments,
         loader: Loader,
         executor: Executor,
@@ -258,7 +275,7 @@ class _Keeper:
                 await self._step()
             except ModelServeError as error:
                 self.nothing_to_serve(str(error))
-            except Exception:
+            except Exception:  # noqa: BLE001  # a keeper that ended would leave its model as it is for ever
                 _log.exception("reconciling %s failed; it is tried again at the next look", self._model_name)
                 self.nothing_to_serve("it could not be reconciled; see the log")
 
@@ -330,9 +347,7 @@ class _Keeper:
     def _swap(self, state: DeploymentState, production: LoadedVersion) -> None:
         """Let the wanted version answer from now on, in one assignment."""
         previous = self._loaded.get(state.previous.id) if state.previous and self._options.keep_previous else None
-        before, self.deployment = self.deployment, Deployment(
-            self._model_name, state.generation, production, previous
-        )
+        before, self.deployment = self.deployment, Deployment(self._model_name, state.generation, production, previous)
         self.problem = None
         self.tried.set()
         if before is None or before.production is not production:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from concurrent.futures import Executor
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import orjson
 
@@ -44,7 +44,7 @@ class LoadedVersion:
         self._leases = 0
         self._drained: asyncio.Event | None = None
 
-    def __enter__(self) -> LoadedVersion:
+    def __enter__(self) -> Self:
         self._leases += 1
         return self
 
@@ -98,7 +98,7 @@ class Loader:
     async def _fetch(self, artifact: Artifact) -> Lease:
         fetching = asyncio.ensure_future(self._run(self._cache.fetch, self._store, artifact))
         try:
-            return await asyncio.shield(fetching)  # type: ignore[no-any-return]
+            return await asyncio.shield(fetching)
         except asyncio.CancelledError:
             # The thread goes on and will come back with a lease that nobody waits for.
             fetching.add_done_callback(_release)
@@ -115,9 +115,7 @@ class Loader:
 def _pool_for(meta: ModelVersion, options: ModelOptions, signature: Signature, artifact: Lease) -> Pool:
     def load() -> Model:
         framework = plugins.framework(meta.framework)
-        return framework.load(
-            artifact.path, meta.artifact.format, meta.load_options, allow_pickle=options.allow_pickle
-        )
+        return framework.load(artifact.path, meta.artifact.format, meta.load_options, allow_pickle=options.allow_pickle)
 
     return Pool(
         lambda: ThreadReplica(load, signature, name=f"modelserve-{meta.model_name}-{meta.version}"),

@@ -88,7 +88,7 @@ class AsyncModelServer:
         Raises ``InvalidInput``, ``ModelNotFound``, ``VersionNotFound``, ``NotReady``, ``Overloaded``,
         ``DeadlineExceeded`` after ``timeout_ms`` (default: the model's), ``InferenceFailed``.
         """
-        answer = await self.answer(model_name, [inputs], "", version, timeout_ms, request_id)
+        answer = await self.answer(model_name, [inputs], version=version, timeout_ms=timeout_ms, request_id=request_id)
         return Prediction(answer.values[0], answer.model_version, answer.latency_ms, answer.request_id)
 
     async def predict_many(
@@ -103,15 +103,18 @@ class AsyncModelServer:
         """Answer several rows by one version, in order; raises like :meth:`predict`, for the first row at fault."""
         if not instances:
             return []
-        values, answered_by, *rest = await self.answer(
-            model_name, instances, "instances[{}]", version, timeout_ms, request_id)
-        return [Prediction(value, answered_by, *rest) for value in values]
+        answer = await self.answer(
+            model_name, instances, "instances[{}]", version=version, timeout_ms=timeout_ms, request_id=request_id
+        )
+        _, answered_by, latency_ms, request_id = answer
+        return [Prediction(value, answered_by, latency_ms, request_id) for value in answer.values]
 
     async def answer(
         self,
         model_name: str,
         instances: Sequence[Any],
         where: str = "",
+        *,
         version: str | None = None,
         timeout_ms: float | None = None,
         request_id: str | None = None,
@@ -120,8 +123,8 @@ class AsyncModelServer:
 
         ``where`` says how an ``InvalidInput`` names row ``i``: ``"instances[{}]"``, or ``""`` for no prefix.
         """
-        arrived = self._now()
         live = self._live_now()
+        arrived = self._now()
         request_id = request_id or self._new_id()
         with live[model_name].choose(version) as target:
             try:
@@ -178,7 +181,6 @@ class AsyncModelServer:
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
         self._new_id = uuid7_source()
-        self._closing = False
         self._sql = ThreadPoolExecutor(2, thread_name_prefix="modelserve-sql")
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load")
         cache = await self._loop.run_in_executor(self._loads, self._open_cache)
@@ -195,6 +197,7 @@ class AsyncModelServer:
         self._closing = True
         await self._live.stop()
         self._live = None
+        self._closing = False
         self._sql.shutdown(wait=False)
         self._loads.shutdown(wait=False)
 
@@ -242,9 +245,7 @@ class ModelServer:
         """Answer one row; options and errors as in :meth:`AsyncModelServer.predict`."""
         return self.call(self.core.predict(model_name, inputs, **options))
 
-    def predict_many(
-        self, model_name: str, instances: Sequence[Mapping[str, Any]], **options: Any
-    ) -> list[Prediction]:
+    def predict_many(self, model_name: str, instances: Sequence[Mapping[str, Any]], **options: Any) -> list[Prediction]:
         """Answer several rows; options and errors as in :meth:`AsyncModelServer.predict_many`."""
         return self.call(self.core.predict_many(model_name, instances, **options))
 

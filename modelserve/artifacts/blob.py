@@ -1,22 +1,20 @@
-"""Bytes named by their SHA-256: keys, manifests of folders, and files written whole or not at all."""
+"""What bytes are called: keys made from SHA-256 digests, and the manifests of folders. Nothing here writes."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 import re
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
 
-from modelserve.errors import InvalidInput, LoadFailed
+from modelserve.artifacts import files
+from modelserve.errors import ArtifactCorrupt, InvalidInput, LoadFailed
+from modelserve.types import Artifact
 
-CHUNK: Final = 1024 * 1024
 _KEY: Final = re.compile(r"(blobs|manifests)/sha256/([0-9a-f]{64})")
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
 class Entry(NamedTuple):
@@ -25,6 +23,9 @@ class Entry(NamedTuple):
     path: str
     sha256: str
     size: int
+
+
+# -- keys --------------------------------------------------------------------------------------------------
 
 
 def blob_key(sha256: str) -> str:
@@ -37,11 +38,20 @@ def manifest_key(sha256: str) -> str:
     return f"manifests/sha256/{sha256}"
 
 
-def check_key(key: str) -> str:
-    """Return the key if it is one of ours; paths are made from nothing else."""
-    if _KEY.fullmatch(key) is None:
+def digest_in(key: str) -> str:
+    """Return the digest that a key ends with. Raises ``LoadFailed`` for what is no key; paths are made from nothing else."""
+    match = _KEY.fullmatch(key)
+    if match is None:
         raise LoadFailed(f"{key[:100]!r} is no artifact key")
-    return key
+    return match[2]
+
+
+def key_of(artifact: Artifact) -> str:
+    """Return the key of an artifact. Raises ``ArtifactCorrupt`` when it is not the key of the registered digest."""
+    found = digest_in(artifact.key)
+    if found != artifact.sha256:
+        raise ArtifactCorrupt(artifact.key, artifact.sha256, found)
+    return artifact.key
 
 
 def is_manifest(key: str) -> bool:
@@ -49,34 +59,18 @@ def is_manifest(key: str) -> bool:
     return key.startswith("manifests/")
 
 
-def chunks_of(path: Path) -> Iterator[bytes]:
-    """Read a file piece by piece."""
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
+# -- manifests ---------------------------------------------------------------------------------------------
 
 
-def digest_of(chunks: Iterable[bytes]) -> tuple[str, int]:
-    """Return the SHA-256 and the number of bytes."""
-    digest, size = hashlib.sha256(), 0
-    for chunk in chunks:
-        digest.update(chunk)
-        size += len(chunk)
-    return digest.hexdigest(), size
+def entries_of(folder: Path) -> list[Entry]:
+    """Return the files of a folder, sorted by path.
 
-
-def entries_of(folder: Path) -> list[tuple[Path, Entry]]:
-    """Return the files of a folder, sorted by path. Raises ``InvalidInput`` for anything that is not a plain file."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise InvalidInput("model", f"{path.relative_to(folder)} is not a plain file; links are not followed")
-        if path.is_file():
-            sha256, size = digest_of(chunks_of(path))
-            found.append((path, Entry(path.relative_to(folder).as_posix(), sha256, size)))
-    if not found:
+    Raises ``InvalidInput`` for links, for anything else that is not a plain file or folder, and for an empty folder.
+    """
+    entries = [_entry(folder, path) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    if not entries:
         raise InvalidInput("model", f"{folder.name} holds no file")
-    return found
+    return sorted(entries)
 
 
 def encode_manifest(entries: Iterable[Entry]) -> bytes:
@@ -85,68 +79,40 @@ def encode_manifest(entries: Iterable[Entry]) -> bytes:
 
 
 def decode_manifest(data: bytes) -> list[Entry]:
-    """Read a manifest. Raises ``LoadFailed`` for one that would reach outside its folder."""
+    """Read a manifest. Raises ``LoadFailed`` for one that is malformed or would reach outside its folder."""
     try:
-        entries = [Entry(str(e["path"]), str(e["sha256"]), int(e["size"])) for e in orjson.loads(data)]
-    except (ValueError, TypeError, KeyError) as error:
+        entries = [_checked(**record) for record in orjson.loads(data)]
+    except (ValueError, TypeError) as error:
         raise LoadFailed("the artifact's manifest cannot be read") from error
-    for entry in entries:
-        check_key(blob_key(entry.sha256))
-        _check_relative(entry.path)
-    if len({entry.path for entry in entries}) != len(entries):
-        raise LoadFailed("the artifact's manifest names a file twice")
+    paths = {entry.path for entry in entries}
+    folders = {str(parent) for path in paths for parent in PurePosixPath(path).parents}
+    if len(paths) != len(entries) or paths & folders:
+        raise LoadFailed("the artifact's manifest names a path twice")
     return entries
 
 
-def _check_relative(path: str) -> None:
-    parts = PurePosixPath(path).parts
-    strange = not parts or PurePosixPath(path).is_absolute() or "\0" in path or "\\" in path
-    if strange or ".." in parts or str(PurePosixPath(path)) != path:
+def _entry(folder: Path, path: Path) -> Entry:
+    name = path.relative_to(folder).as_posix()
+    if path.is_symlink() or not path.is_file():
+        raise InvalidInput("model", f"{name!r} is not a plain file; links are not followed")
+    if not _stays_inside(name):
+        raise InvalidInput("model", f"{name!r} is no portable file name")
+    return Entry(name, *files.digest_of(files.chunks_of(path)))
+
+
+def _checked(path: Any, sha256: Any, size: Any) -> Entry:
+    if not (isinstance(path, str) and isinstance(sha256, str) and type(size) is int and size >= 0):
+        raise TypeError("an entry is a path, a digest and a size")
+    if not _DIGEST.fullmatch(sha256):
+        raise LoadFailed(f"the artifact's manifest names {sha256[:100]!r}, which is no digest")
+    if not _stays_inside(path):
         raise LoadFailed(f"the artifact's manifest names {path[:100]!r}, which is no path inside it")
+    return Entry(path, sha256, size)
 
 
-def write_whole(target: Path, chunks: Iterable[bytes], *, temp: Path | None = None) -> tuple[str, int]:
-    """Write a file so that it is never seen in part; return its SHA-256 and size.
-
-    The bytes go to a uniquely named file in ``temp`` (default: beside the target, same filesystem), are hashed on
-    the way, flushed to the disk, and then take the final name in one step.
-    """
-    with staged(temp or target.parent) as draft:
-        found = write_durably(draft, chunks)
-        publish(draft, target)
-    return found
-
-
-@contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Give a name that nobody else uses, and leave nothing there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{os.getpid()}-{uuid.uuid4().hex}.part"
-    try:
-        yield draft
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def write_durably(path: Path, chunks: Iterable[bytes]) -> tuple[str, int]:
-    """Write and fsync a file; return the SHA-256 and size of what went in."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("xb") as file:
-        for chunk in chunks:
-            digest.update(chunk)
-            size += len(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest(), size
-
-
-def publish(draft: Path, target: Path) -> None:
-    """Give a finished file its final name, durably."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _stays_inside(path: str) -> bool:
+    """Whether a path is relative, normal (no ``..``, no ``a//b``) and the same on every system."""
+    pure = PurePosixPath(path)
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or str(pure) != path:
+        return False
+    return path.isprintable() and "\\" not in path

@@ -161,10 +161,7 @@ class Batcher(Generic[In, Out]):
         """Whether a partial batch should wait for company; sets the timer that ends the wait."""
         if self._max_wait_s == 0.0 or self.waiting >= self._max_rows:
             return False
-        until = min(
-            min(call.entered + self._max_wait_s, (call.entered + call.deadline) / 2)
-            for call in self._queue
-        )
+        until = min(min(call.entered + self._max_wait_s, (call.entered + call.deadline) / 2) for call in self._queue)
         if until <= self._loop.time():
             return False
         if self._window is not None:

@@ -37,6 +37,7 @@ class ThreadReplica:
     async def start(self) -> None:
         """Load the model in the replica's thread. Raises ``LoadError``."""
         self._loop = asyncio.get_running_loop()
+        self._ended = self._loop.create_future()
         self._thread.start()
         try:
             self._model = await self._call(self._load)
@@ -55,11 +56,12 @@ class ThreadReplica:
             return
         self._stopping = True
         self._inbox.put(None)
-        if self._thread.ident is not None:
-            await self._loop.run_in_executor(None, self._thread.join, _STOP_S)
-        if self._thread.is_alive():
+        if self._thread.ident is None:
+            return
+        # Not by joining it in an executor: at the end of the interpreter executors take no more work.
+        await asyncio.wait([self._ended], timeout=_STOP_S)
+        if not self._ended.done():
             _log.warning("%s does not end; its thread is left behind", self._thread.name)
-        self._model = None
 
     @property
     def alive(self) -> bool:
@@ -75,7 +77,7 @@ class ThreadReplica:
         return future
 
     def _infer(self, rows: Sequence[Row]) -> Columns:
-        assert self._model is not None  # noqa: S101  # infer() comes after start()
+        assert self._model is not None  # infer() comes after start()
         try:
             return self._model.infer(self._signature.stack(rows))
         except InferenceFailed:
@@ -93,10 +95,15 @@ class ThreadReplica:
                 result = work()
             except Exception as raised:  # noqa: BLE001  # whatever it is, it is the caller's to see
                 error = raised
-            # The loop may be gone: a host that stops its loop without stopping the server has no one to tell.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(_resolve, future, result, error)
-            del job, work, future, result, error
+            self._tell(future, result, error)
+            del job, work, future, result, error  # a waiting thread must not keep the last batch in memory
+        self._model = None
+        self._tell(self._ended, None, None)
+
+    def _tell(self, future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+        # The loop may be gone: a host that stops its loop without stopping the server has no one to tell.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(_resolve, future, result, error)
 
 
 def _resolve(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:

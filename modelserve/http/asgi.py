@@ -16,7 +16,7 @@ Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-class _Disconnected(Exception):  # noqa: N818  # not an error: the client has left
+class _Disconnected(Exception):  # not an error: the client has left
     """The client left before it had sent its request."""
 
 

@@ -88,7 +88,9 @@ def _predict(name: str) -> Json:
         "summary": f"Predict with {name}",
         "operationId": f"predict-{name}",
         "requestBody": {"required": True, "content": {"application/json": {"schema": {"oneOf": [one, many]}}}},
-        "responses": {"200": _json_response("The prediction", {"oneOf": [_answer("prediction"), _answer("predictions")]})}
+        "responses": {
+            "200": _json_response("The prediction", {"oneOf": [_answer("prediction"), _answer("predictions")]})
+        }
         | {code: _problem_response(text) for code, text in _PROBLEMS.items()},
     }
 

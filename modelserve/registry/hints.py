@@ -29,5 +29,5 @@ class Hints:
         for listener in list(self._listeners.values()):  # a copy: a listener may end its own subscription
             try:
                 listener(model_name)
-            except Exception:
+            except Exception:  # noqa: BLE001  # the change is committed; whoever listens cannot undo it
                 _log.exception("a listener to changes of %s raised", model_name)

@@ -27,13 +27,3 @@ def check_names(model_name: str, version: str) -> None:
 def is_name(text: object) -> bool:
     """Tell whether a model or version could be registered under this text."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
-
-
-def check_text(field: str, text: str) -> None:
-    """Raise ``InvalidInput`` for free text that a database cannot keep."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInput(field, "holds half of a surrogate pair, which is no character") from error
-    if "\0" in text:
-        raise InvalidInput(field, "holds a NUL character; remove it")

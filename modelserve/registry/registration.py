@@ -17,7 +17,7 @@ import orjson
 from modelserve import plugins
 from modelserve.artifacts import ArtifactStore
 from modelserve.errors import InvalidInput, ModelServeError
-from modelserve.ports import Framework, Model
+from modelserve.ports import Framework, Model, SavedModel
 from modelserve.signature import Signature, unstack
 from modelserve.types import Artifact, FrameworkName, Json, Row
 
@@ -54,7 +54,7 @@ def prepare(
     with tempfile.TemporaryDirectory(prefix="modelserve-") as folder:
         saved = adapter.save(model, Path(folder), {"method": method, "trusted": list(trusted), "format": format})
         rows = [] if example is None else signature.rows_of(example, _EXAMPLE_ROWS)
-        outputs = _proven_outputs(adapter, model, saved.path, saved.format, saved.load_options, signature, rows)
+        outputs = _proven_outputs(adapter, model, saved, signature, rows)
         return Registration(
             framework=adapter.name,
             artifact=store.put(saved.path, format=saved.format),
@@ -81,21 +81,19 @@ def _inferred(example: Any) -> Signature:
 def _proven_outputs(
     adapter: Framework,
     model: Any,
-    path: Path,
-    artifact_format: str,
-    load_options: Mapping[str, Json],
+    saved: SavedModel,
     signature: Signature,
     rows: list[Row],
 ) -> list[Json] | None:
     """Return the answers to the example rows; None when there are none, or only a pickle from elsewhere could tell."""
     given_as_file = isinstance(model, str | Path)
-    if given_as_file and artifact_format in _PICKLES:
+    if given_as_file and saved.format in _PICKLES:
         return None
-    loaded = adapter.load(path, artifact_format, load_options, allow_pickle=not given_as_file)
+    loaded = adapter.load(saved.path, saved.format, saved.load_options, allow_pickle=not given_as_file)
     if not rows:
         return None
     answers = _answers(loaded, signature, rows)
-    if not given_as_file and answers != _answers(adapter.wrap(model, load_options), signature, rows):
+    if not given_as_file and answers != _answers(adapter.wrap(model, saved.load_options), signature, rows):
         raise InvalidInput("model", "the saved model answers the example differently from the live one")
     return answers
 

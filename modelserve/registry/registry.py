@@ -7,24 +7,27 @@ generation and appends one event; hints go out after the commit.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime as dt
 import getpass
-import json
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Self
 
-import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from modelserve.artifacts import ArtifactStore
-from modelserve.errors import ConfigError, InvalidInput, InvalidTransition, ModelNotFound, VersionExists, VersionNotFound
+from modelserve.errors import (
+    ConfigError,
+    InvalidTransition,
+    ModelNotFound,
+    VersionExists,
+    VersionNotFound,
+)
+from modelserve.registry.changes import Action, Change, create_deployment
 from modelserve.registry.database import Database
 from modelserve.registry.hints import Hints
-from modelserve.registry.names import check_names, check_text, is_name
+from modelserve.registry.names import check_names, is_name
 from modelserve.registry.registration import prepare
 from modelserve.registry.rows import (
     example_columns,
@@ -35,7 +38,8 @@ from modelserve.registry.rows import (
     standing,
     to_version,
 )
-from modelserve.registry.tables import deployment, deployment_event, model_version
+from modelserve.registry.tables import deployment, model_version
+from modelserve.registry.values import check_text, plain_json
 from modelserve.signature import Signature
 from modelserve.types import (
     Artifact,
@@ -44,10 +48,7 @@ from modelserve.types import (
     FrameworkName,
     Json,
     ModelVersion,
-    Status,
 )
-
-_Action = Literal["register", "promote", "rollback", "archive"]
 
 
 def _utc_now() -> dt.datetime:
@@ -63,9 +64,7 @@ class Registry:
     database does not answer and ``SchemaOutdated`` when its tables are of another release.
     """
 
-    def __init__(
-        self, url: str, artifacts: str | None = None, *, now: Callable[[], dt.datetime] = _utc_now
-    ) -> None:
+    def __init__(self, url: str, artifacts: str | None = None, *, now: Callable[[], dt.datetime] = _utc_now) -> None:
         self._database = Database(url)
         self._artifacts_url = artifacts
         self._artifacts: ArtifactStore | None = None
@@ -75,7 +74,7 @@ class Registry:
     def __repr__(self) -> str:
         return f"Registry({self._database.shown_url!r})"
 
-    def __enter__(self) -> Registry:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -294,10 +293,10 @@ class Registry:
             "artifact_sha256": artifact.sha256,
             "artifact_bytes": artifact.size,
             "artifact_format": artifact.format,
-            "signature": _plain_json("signature", signature),
-            "load_options": _plain_json("load_options", load_options),
-            "metrics": _plain_json("metrics", metrics),
-            "tags": _plain_json("tags", tags),
+            "signature": plain_json("signature", signature),
+            "load_options": plain_json("load_options", load_options),
+            "metrics": plain_json("metrics", metrics),
+            "tags": plain_json("tags", tags),
             "status": "staging",
             "created_at": self._now(),
         }
@@ -310,113 +309,21 @@ class Registry:
 
     @contextlib.contextmanager
     def _change(
-        self, model_name: str, action: _Action, actor: str | None, reason: str, *, create: bool = False
-    ) -> Iterator[_Change]:
+        self, model_name: str, action: Action, actor: str | None, reason: str, *, create: bool = False
+    ) -> Iterator[Change]:
         """Open the one transaction in which a model's deployment may change, and hold its lock."""
         actor = _default_actor() if actor is None else actor
         check_text("actor", actor)
         check_text("reason", reason)
         with self._database.write() as connection:
             if create:
-                _create_deployment(connection, model_name, self._now())
-            row = require_model(connection, model_name, lock=True)
-            change = _Change.of(connection, row)
+                create_deployment(connection, model_name, self._now())
+            change = Change.begin(connection, model_name)
             yield change
             if change.version is None:
                 return
-            change.save(row.generation + 1, self._now())
-            _append_event(change, row.generation + 1, action, actor, reason, self._now())
+            change.save(action=action, actor=actor, reason=reason, now=self._now())
         self._hints.publish(model_name)
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class _Change:
-    """What one transaction makes of one model's deployment.
-
-    ``version`` is the one that was acted upon; None while nothing changed, and then there is no new generation.
-    """
-
-    connection: sa.Connection
-    model_name: str
-    production: ModelVersion | None
-    previous: ModelVersion | None
-    version: str | None = None
-
-    @classmethod
-    def of(cls, connection: sa.Connection, row: sa.Row[Any]) -> _Change:
-        pointed_at = model_version.c.id.in_([row.production_id, row.previous_id])
-        found = {each.id: to_version(each) for each in connection.execute(sa.select(model_version).where(pointed_at))}
-        return cls(
-            connection=connection,
-            model_name=row.model_name,
-            production=found.get(row.production_id),
-            previous=found.get(row.previous_id),
-        )
-
-    def produce(self, target: ModelVersion, *, previous: ModelVersion | None) -> ModelVersion:
-        """Put ``target`` into production in the place of the present one."""
-        if self.production is not None:  # first, or there would be two for a moment, which the database refuses
-            self.set_status(self.production, "archived")
-        self.production = self.set_status(target, "production")
-        self.previous = previous
-        self.version = target.version
-        return self.production
-
-    def set_status(self, target: ModelVersion, status: Status) -> ModelVersion:
-        changed = sa.update(model_version).where(model_version.c.id == target.id).values(status=status)
-        self.connection.execute(changed)
-        return dataclasses.replace(target, status=status)
-
-    def save(self, generation: int, now: dt.datetime) -> None:
-        """Write the deployment row."""
-        self.connection.execute(
-            sa.update(deployment)
-            .where(deployment.c.model_name == self.model_name)
-            .values(
-                production_id=self.production and self.production.id,
-                previous_id=self.previous and self.previous.id,
-                generation=generation,
-                updated_at=now,
-            )
-        )
-
-
-def _create_deployment(connection: sa.Connection, model_name: str, now: dt.datetime) -> None:
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    row = insert(deployment).values(model_name=model_name, generation=0, updated_at=now)
-    connection.execute(row.on_conflict_do_nothing())
-
-
-def _append_event(
-    change: _Change, generation: int, action: _Action, actor: str, reason: str, now: dt.datetime
-) -> None:
-    row = {
-        "model_name": change.model_name,
-        "generation": generation,
-        "action": action,
-        "version": change.version,
-        "production": change.production and change.production.version,
-        "previous": change.previous and change.previous.version,
-        "actor": actor,
-        "reason": reason,
-        "occurred_at": now,
-    }
-    change.connection.execute(sa.insert(deployment_event).values(row))
-
-
-def _plain_json(field: str, value: Json) -> Json:
-    try:
-        return json.loads(json.dumps(value, allow_nan=False, default=_plain_scalar))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidInput(field, f"is not JSON: {error}") from error
-
-
-def _plain_scalar(value: object) -> Json:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{type(value).__name__} is not a JSON type")
 
 
 def _default_actor() -> str:

@@ -34,7 +34,7 @@ def require_version(connection: sa.Connection, model_name: str, version: str) ->
 
 
 def require_model(connection: sa.Connection, model_name: str, *, lock: bool = False) -> sa.Row[Any]:
-    """Read a model's deployment row, holding its lock to the end of the transaction if told. Raises ``ModelNotFound``."""
+    """Read a model's deployment row, if told with its lock. Raises ``ModelNotFound``."""
     if not is_name(model_name):
         raise ModelNotFound(model_name)
     query = sa.select(deployment).where(deployment.c.model_name == model_name)
@@ -112,6 +112,4 @@ def example_columns(example: Artifact | None) -> dict[str, str | int | None]:
 def _example(row: sa.Row[Any]) -> Artifact | None:
     if row.example_s3_key is None:
         return None
-    return Artifact(
-        key=row.example_s3_key, sha256=row.example_sha256, size=row.example_bytes, format=EXAMPLE_FORMAT
-    )
+    return Artifact(key=row.example_s3_key, sha256=row.example_sha256, size=row.example_bytes, format=EXAMPLE_FORMAT)

@@ -50,7 +50,7 @@ def batcher_of(*runners: Callable[[list[int]], Awaitable[Sequence[int]]], **opti
 
 
 @pytest.fixture
-def run() -> Iterator[Callable[[Awaitable[Any]], Any]]:
+def run() -> Iterator[Callable[..., Any]]:
     """Run a coroutine on a loop with virtual time, and fail if it leaves an unhandled error behind."""
     loop = VirtualTimeLoop()
     unhandled: list[dict[str, Any]] = []
@@ -358,7 +358,7 @@ call = st.fixed_dictionaries(
 def test_every_call_gets_exactly_its_own_answer(
     calls: list[dict[str, Any]], bad: set[int], runners: int, max_rows: int, window: float, seconds: float
 ) -> None:
-    """Whatever comes, leaves, expires or fails: each call ends, in time, with its own rows' results or a typed error."""
+    """Whatever comes, leaves, expires or fails: each call ends in time, with its own results or a typed error."""
     recorders = [Recorder(seconds, list(bad)) for _ in range(runners)]
 
     async def one(batcher: Batcher[int, int], spec: dict[str, Any]) -> None:

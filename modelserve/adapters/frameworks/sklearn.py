@@ -23,9 +23,11 @@ from modelserve.types import SOLE_OUTPUT, Array, Columns, FrameworkName, Json
 # SHA-256 that the registry pinned stands between a forger and the loader.
 _PARTS_OF_SKLEARN: Final = frozenset(
     {
+        "numpy.dtype",
         "sklearn._loss.loss.HalfTweedieLossIdentity",
         "sklearn.calibration._CalibratedClassifier",
         "sklearn.calibration._SigmoidCalibration",
+        "sklearn.compose._column_transformer.make_column_selector",
         "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
         "sklearn.gaussian_process._gpc._BinaryGaussianProcessClassifierLaplace",
         "sklearn.gaussian_process.kernels.ConstantKernel",
@@ -57,7 +59,7 @@ class SklearnFramework:
     def save(self, model: Any, folder: Path, options: Mapping[str, Json]) -> SavedEstimator:
         """Write an estimator, or take the file at a path as it is.
 
-        ``options``: ``method`` (default ``"predict"``), ``trusted`` (type names), ``format`` (``"skops"`` or ``"joblib"``).
+        ``options``: ``method`` (default ``predict``), ``trusted`` (type names), ``format`` (``skops`` or ``joblib``).
         Raises ``ArtifactUnsafe`` listing the types that skops would have to be told to trust.
         """
         path, artifact_format = (
@@ -191,6 +193,8 @@ def _load_skops(path: Path, trusted: Sequence[str]) -> Any:
         return skops.load(path, trusted=list(trusted))
     except untrusted as error:
         raise ArtifactUnsafe(f"the artifact holds types that were not trusted at registration: {error}") from error
+    except Exception as error:
+        raise LoadFailed(f"skops cannot read the artifact: {type(error).__name__}: {error}") from error
 
 
 def _require_zip(path: Path) -> None:
@@ -205,4 +209,8 @@ def _load_joblib(path: Path, *, allow_pickle: bool) -> Any:
             "the artifact is a pickle (format 'joblib'), which can run any code when it is loaded, so it is refused by "
             "default; if you trust whoever registered it, serve the model with ModelOptions(allow_pickle=True)"
         )
-    return plugins.require("joblib").load(path)
+    joblib = plugins.require("joblib")
+    try:
+        return joblib.load(path)
+    except Exception as error:
+        raise LoadFailed(f"joblib cannot read the artifact: {type(error).__name__}: {error}") from error

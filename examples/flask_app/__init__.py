@@ -1,0 +1,1 @@
+"""A Flask application that serves its models itself."""

@@ -1,0 +1,221 @@
+"""Files that are written whole or not at all, and locks that die with their holder.
+
+Correctness never rests on a lock: drafts have names of their own and take the final one in a single step. Where
+locks do nothing, two processes may do the same work twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Final
+
+_CHUNK: Final = 1024 * 1024
+_DRAFT: Final = re.compile(r"\.(?P<host>.*)-(?P<pid>[0-9]+)-[0-9a-f]{32}\.draft")
+_LITTER_AGE_S: Final = 3600.0
+_POLL_S: Final = 0.05
+
+
+def chunks_of(path: Path) -> Iterator[bytes]:
+    """Read a file piece by piece."""
+    with path.open("rb") as file:
+        yield from chunks(file)
+
+
+def chunks(file: IO[bytes]) -> Iterator[bytes]:
+    """Read an open file piece by piece, from where it stands."""
+    while chunk := file.read(_CHUNK):
+        yield chunk
+
+
+def digest_of(pieces: Iterable[bytes]) -> tuple[str, int]:
+    """Return the SHA-256 and the number of bytes."""
+    digest, size = hashlib.sha256(), 0
+    for piece in pieces:
+        digest.update(piece)
+        size += len(piece)
+    return digest.hexdigest(), size
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def draft(folder: Path) -> Iterator[IO[bytes]]:
+    """Open a new file in ``folder`` under a name that nobody else uses; that name is gone at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = draft_path(folder)
+    with path.open("xb") as file:
+        _lock_shared(file.fileno())
+        try:
+            yield file
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def draft_folder(folder: Path) -> Iterator[Path]:
+    """Make a new folder in ``folder``, likewise."""
+    path = draft_path(folder)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def draft_path(folder: Path) -> Path:
+    """Return a name in ``folder`` that nobody else uses, and that tells who writes there."""
+    return folder / f".{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex}.draft"
+
+
+def copy(pieces: Iterable[bytes], file: IO[bytes]) -> tuple[str, int]:
+    """Write the pieces; return the SHA-256 and the number of bytes of what went in."""
+    return digest_of(_written(pieces, file))
+
+
+def replace(file: IO[bytes], target: Path) -> None:
+    """Give a finished draft its final name, durably, in place of what has it now."""
+    _make_durable(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Path(file.name).replace(target)
+    _sync_folder(target.parent)
+
+
+def add(file: IO[bytes], target: Path) -> bool:
+    """Give a finished draft its final name, durably and read-only; return False when another was first.
+
+    A file that is there is never replaced: whoever holds it may rely on the name.
+    """
+    os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode) & ~0o222)
+    _make_durable(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file.name, target)
+    except FileExistsError:
+        return False
+    _sync_folder(target.parent)
+    return True
+
+
+def _written(pieces: Iterable[bytes], file: IO[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        file.write(piece)
+        yield piece
+
+
+def _make_durable(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- holding -----------------------------------------------------------------------------------------------
+
+
+def hold(path: Path) -> IO[bytes] | None:
+    """Open a file so that it is not :func:`claimed` until it is closed; None when it is not there.
+
+    The operating system lets go when the process dies. The file is unbuffered: it has no lock that a fork could copy
+    in the locked state.
+    """
+    try:
+        file = path.open("rb", buffering=0)
+    except FileNotFoundError:
+        return None
+    _lock_shared(file.fileno())
+    if names(path, file):
+        return file
+    file.close()  # removed between opening and locking
+    return None
+
+
+def names(path: Path, file: IO[bytes]) -> bool:
+    """Whether ``path`` still is the name of an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Give whether nobody holds the file or folder; if so, nobody does until the end."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def turn(path: Path, patience_s: float) -> Iterator[None]:
+    """Let one process after the other in, as far as locks work, but keep nobody waiting for longer than that."""
+    deadline = time.monotonic() + patience_s
+    with path.open("ab") as file:
+        while not _try_lock(file.fileno()) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock_shared(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # a filesystem without locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in {errno.EWOULDBLOCK, errno.EACCES}
+    return True
+
+
+# -- litter ------------------------------------------------------------------------------------------------
+
+
+def sweep(folder: Path) -> None:
+    """Remove the drafts of writers that died."""
+    for path in folder.glob(".*.draft"):
+        with contextlib.suppress(OSError), claimed(path) as free:
+            if free and _is_abandoned(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_abandoned(path: Path) -> bool:
+    """A process of this machine is known to be gone; of another one, an hour without a byte has to do."""
+    name = _DRAFT.fullmatch(path.name)
+    if name is None:
+        return False
+    is_gone = name["host"] == os.uname().nodename and not _runs(int(name["pid"]))
+    return is_gone or time.time() - path.stat().st_mtime > _LITTER_AGE_S
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

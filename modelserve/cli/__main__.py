@@ -1,0 +1,5 @@
+"""``python -m modelserve.cli`` is the command ``modelserve``."""
+
+from modelserve.cli import run
+
+run()

@@ -1,0 +1,280 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import modelserve
+from modelserve.cli.printing import encode, moment, pairs, printable, show, told
+from modelserve.cli.reading import metrics_of, read_table, rows_of, tags_of
+from modelserve.config import ModelOptions, Settings
+from modelserve.errors import InvalidInput
+from modelserve.registry import Registry
+from modelserve.server import ModelServer
+from modelserve.signature import Signature
+from modelserve.types import DeploymentState, Json, ModelVersion
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+database = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the registry's database.")
+app.add_typer(database, name="db")
+
+Reason = Annotated[str, typer.Option(help="Why, for the history.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print_version(asked: bool) -> None:  # noqa: FBT001  # called by typer
+    if asked:
+        typer.echo(modelserve.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    *,
+    registry: Annotated[
+        str | None, typer.Option(metavar="URL", help="The registry's database; or set MODELSERVE_REGISTRY.")
+    ] = None,
+    artifacts: Annotated[
+        str | None, typer.Option(metavar="URL", help="The folder of the models' bytes; or set MODELSERVE_ARTIFACTS.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file with options, such as modelserve.toml.")
+    ] = None,
+    version: Annotated[  # noqa: ARG001  # its callback has answered
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Look after an application's models: their versions, what is in production, what it answers."""
+    given = {"registry": registry, "artifacts": artifacts}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    # Left for the command to call: whoever asks for --help needs no settings that are right.
+    context.obj = functools.partial(Settings.load, config, **overrides)
+
+
+def _settings(context: typer.Context) -> Settings:
+    return context.obj()  # type: ignore[no-any-return]
+
+
+def _registry(context: typer.Context) -> Registry:
+    settings = _settings(context)
+    return Registry(settings.registry, settings.artifacts)
+
+
+@database.command()
+@told
+def upgrade(context: typer.Context) -> None:
+    """Create the registry's tables, or bring them to this release."""
+    with _registry(context) as registry:
+        registry.upgrade()
+    typer.echo(f"the database has the tables of modelserve {modelserve.__version__}")
+
+
+# -- versions and their way to production ------------------------------------------------------------------
+
+
+@app.command()
+@told
+def register(
+    context: typer.Context,
+    name: str,
+    version: str,
+    path: Annotated[Path, typer.Argument(exists=True, help="The saved model: a file or a folder.")],
+    *,
+    example: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="A few rows that the model takes: .csv, .json, .npy or .parquet."
+        ),
+    ] = None,
+    framework: Annotated[
+        str | None, typer.Option(help="What wrote the model, if the file's name does not tell.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="What a request calls.")] = "predict",
+    trusted: Annotated[
+        list[str] | None, typer.Option(metavar="TYPE", help="A type that may be loaded. Can be repeated.")
+    ] = None,
+    artifact_format: Annotated[
+        str | None, typer.Option("--format", help="The file's format, if its name does not tell.")
+    ] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Or a JSON object. Can be repeated.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Can be repeated.")] = None,
+    reason: Reason = "",
+) -> None:
+    """Add a saved model as a version in staging.
+
+    It is loaded and must answer the example first, except for a pickle, which is not opened.
+    """
+    with _registry(context) as registry:
+        added = registry.register(
+            name,
+            version,
+            path,
+            example=None if example is None else read_table(example),
+            framework=framework,
+            method=method,
+            trusted=trusted or (),
+            format=artifact_format,
+            metrics=metrics_of(metrics or ()),
+            tags=tags_of(tag or ()),
+            reason=reason,
+        )
+    inputs = Signature.from_json(added.signature).inputs
+    typer.echo(f"{_named(added)} is registered, in {added.status}")
+    typer.echo(f"inputs: {', '.join(f'{printable(field.name)} {field}' for field in inputs)}")
+
+
+@app.command()
+@told
+def promote(context: typer.Context, name: str, version: str, *, reason: Reason = "") -> None:
+    """Put a version into production; the one before is archived."""
+    with _registry(context) as registry:
+        typer.echo(f"{_named(registry.promote(name, version, reason=reason))} is in production")
+
+
+@app.command()
+@told
+def rollback(context: typer.Context, name: str, *, reason: Reason = "") -> None:
+    """Put the version before back into production."""
+    with _registry(context) as registry:
+        typer.echo(f"{_named(registry.rollback(name, reason=reason))} is back in production")
+
+
+@app.command()
+@told
+def archive(context: typer.Context, name: str, version: str, *, reason: Reason = "") -> None:
+    """Take a version out of staging."""
+    with _registry(context) as registry:
+        typer.echo(f"{_named(registry.archive(name, version, reason=reason))} is archived")
+
+
+def _named(version: ModelVersion) -> str:
+    return f"{version.model_name} {version.version}"
+
+
+# -- looking at it -----------------------------------------------------------------------------------------
+
+
+@app.command()
+@told
+def models(context: typer.Context, *, as_json: AsJson = False) -> None:
+    """List the models and what is in production."""
+    with _registry(context) as registry:
+        found = [_standing(registry.deployment(name)) for name in registry.models()]
+    show(found, as_json=as_json, cells=dict)
+
+
+def _standing(state: DeploymentState) -> dict[str, Json]:
+    return {
+        "name": state.model_name,
+        "production": state.production and state.production.version,
+        "previous": state.previous and state.previous.version,
+        "generation": state.generation,
+    }
+
+
+@app.command()
+@told
+def versions(context: typer.Context, name: str, *, as_json: AsJson = False) -> None:
+    """List a model's versions, newest first."""
+    with _registry(context) as registry:
+        found = registry.versions(name)
+    show(
+        found,
+        as_json=as_json,
+        cells=lambda each: {
+            "version": each.version,
+            "status": each.status,
+            "framework": each.framework,
+            "format": each.artifact.format,
+            "bytes": each.artifact.size,
+            "created": moment(each.created_at),
+            "metrics": pairs(each.metrics),
+            "tags": pairs(each.tags),
+        },
+    )
+
+
+@app.command()
+@told
+def history(context: typer.Context, name: str, *, as_json: AsJson = False) -> None:
+    """List everything that was done to a model, oldest first."""
+    with _registry(context) as registry:
+        found = registry.history(name)
+    show(
+        found,
+        as_json=as_json,
+        cells=lambda event: {
+            "generation": event.generation,
+            "when": moment(event.occurred_at),
+            "who": event.actor,
+            "what": event.action,
+            "version": event.version,
+            "production after": event.production,
+            "why": event.reason,
+        },
+    )
+
+
+# -- predicting --------------------------------------------------------------------------------------------
+
+
+@app.command()
+@told
+def predict(
+    context: typer.Context,
+    name: str,
+    *,
+    inputs: Annotated[
+        str | None, typer.Option(metavar="JSON", help="An object for one row, a list of objects for several.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="The same in a .json file, or a .csv, .npy or .parquet table."),
+    ] = None,
+    version: Annotated[str | None, typer.Option(help="Another version than the one in production.")] = None,
+) -> None:
+    """Load a version here and print its answer as JSON.
+
+    Without --inputs and --file, JSON is read from standard input.
+    """
+    rows = rows_of(inputs, file)
+    settings = _settings(context)
+    with _OneVersion(settings.registry, settings.artifacts) as registry:
+        registry.version = version
+        registry.production(name)  # what does not exist is told before anything is loaded
+        served = {name: (settings.models or {}).get(name, ModelOptions())}
+        storage = {"cache_dir": settings.cache_dir, "cache_bytes": settings.cache_bytes}
+        with ModelServer(registry, served, **storage) as server:
+            typer.echo(encode(_answer(server, name, rows)))
+
+
+class _OneVersion(Registry):
+    """A registry that takes one version, whatever its status, for the one in production."""
+
+    version: str | None = None
+
+    def deployment(self, model_name: str) -> DeploymentState:
+        state = super().deployment(model_name)
+        if self.version is None:
+            return state
+        return dataclasses.replace(state, production=self.get(model_name, self.version), previous=None)
+
+
+def _answer(server: ModelServer, name: str, rows: Json) -> dict[str, Json]:
+    """Return the document that the HTTP face would answer."""
+    if not isinstance(rows, list):
+        return server.predict(name, rows)._asdict()
+    if not rows:
+        raise InvalidInput("", "there is no row to answer")
+    answers = server.predict_many(name, rows)
+    shared = answers[0]._asdict()
+    del shared["prediction"]
+    return {"predictions": [answer.prediction for answer in answers]} | shared

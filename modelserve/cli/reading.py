@@ -1,0 +1,128 @@
+"""What goes in: options of several parts, and files of rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import orjson
+import typer
+
+from modelserve import plugins
+from modelserve.errors import ConfigError, InvalidInput
+from modelserve.signature import columns_of
+from modelserve.types import Json
+
+# -- options -----------------------------------------------------------------------------------------------
+
+
+def metrics_of(texts: Iterable[str]) -> dict[str, Json]:
+    """Merge ``key=value`` texts and JSON objects; a value that is not JSON is text."""
+    metrics: dict[str, Json] = {}
+    for text in texts:
+        if text.lstrip().startswith("{"):
+            metrics |= json_option(text, "--metrics")
+        else:
+            key, value = _pair(text, "--metrics")
+            metrics[key] = _json_or_text(value)
+    return metrics
+
+
+def tags_of(texts: Iterable[str]) -> dict[str, str]:
+    """Read ``key=value`` texts."""
+    return dict(_pair(text, "--tag") for text in texts)
+
+
+def json_option(text: str, option: str) -> Json:
+    """Read the value of an option that is JSON."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise typer.BadParameter(f"not JSON: {error}", param_hint=option) from error
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint=option)
+    return key, value
+
+
+def _json_or_text(text: str) -> Json:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return text
+
+
+# -- rows --------------------------------------------------------------------------------------------------
+
+
+def rows_of(inputs: str | None, file: Path | None) -> Any:
+    """Return one row as a mapping, or several as a list of them, from an option, a file or standard input."""
+    if inputs is not None and file is not None:
+        raise typer.BadParameter("give one of the two", param_hint="--inputs, --file")
+    if inputs is not None:
+        return json_option(inputs, "--inputs")
+    if file is not None:
+        return _read_json(file) if file.suffix == ".json" else _records(read_table(file))
+    if sys.stdin.isatty():
+        raise typer.BadParameter("give one of the two, or JSON on standard input", param_hint="--inputs, --file")
+    return _parse(sys.stdin.buffer.read(), "standard input")
+
+
+def read_table(path: Path) -> Any:
+    """Read a file of rows into a form that ``Registry.register(example=...)`` takes. Raises ``InvalidInput``."""
+    read = _READERS.get(path.suffix)
+    if read is None:
+        raise InvalidInput(str(path), f"its name must end in one of {', '.join(_READERS)}")
+    try:
+        return read(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise InvalidInput(str(path), f"cannot be read: {error}") from error
+
+
+def _records(table: Any) -> list[dict[str, Any]]:
+    columns = columns_of(table)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _parse(data: bytes, where: str) -> Json:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InvalidInput(where, f"not JSON: {error}") from error
+
+
+def _read_json(path: Path) -> Json:
+    return _parse(path.read_bytes(), str(path))
+
+
+def _read_csv(path: Path) -> Any:
+    return plugins.require("pandas").read_csv(path)
+
+
+def _read_array(path: Path) -> Any:
+    with path.open("rb") as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def _read_parquet(path: Path) -> Any:
+    pandas = plugins.require("pandas")
+    try:
+        return pandas.read_parquet(path)
+    except ImportError as error:
+        raise ConfigError(
+            "pandas reads Parquet by pyarrow, which is not installed; run: pip install pyarrow"
+        ) from error
+
+
+_READERS: Final[Mapping[str, Callable[[Path], Any]]] = {
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".npy": _read_array,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,16 @@
+"""Named, typed inputs: what a request must look like, and how requests become a batch.
+
+``fields`` says what one input is; ``acceptance`` takes an ordinary request in microseconds, a few checks over all
+values at once; ``examination`` looks at each value that was not taken, and converts it or names the field that is
+wrong; ``batches`` turns rows into columns and back; ``canonical`` gives equal inputs equal bytes; ``examples`` reads
+a signature off example rows.
+"""
+
+from __future__ import annotations
+
+from modelserve.signature.batches import unstack
+from modelserve.signature.examples import columns_of
+from modelserve.signature.fields import DTYPES, Field
+from modelserve.signature.signature import Signature
+
+__all__ = ["DTYPES", "Field", "Signature", "columns_of", "unstack"]

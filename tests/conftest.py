@@ -1,0 +1,60 @@
+"""Fixtures shared by every test: real servers, and a watch over the event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from blockbuster import blockbuster_ctx
+
+from tests import servers
+
+_MARK_OF_FIXTURE = {"postgres_server": "postgres", "s3_server": "aws"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the servers they use, so that ``-m "not postgres"`` cannot miss one."""
+    for item in items:
+        for fixture in _MARK_OF_FIXTURE.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(_MARK_OF_FIXTURE[fixture])
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[servers.PostgresServer]:
+    """One real PostgreSQL server for the run."""
+    try:
+        with servers.postgres() as server:
+            yield server
+    except servers.ServerMissing as missing:
+        servers.unavailable(str(missing))
+
+
+@pytest.fixture
+def postgres_url(postgres_server: servers.PostgresServer) -> Iterator[str]:
+    """The URL of an empty database of the test's own."""
+    name = postgres_server.create_database()
+    yield postgres_server.url(name)
+    postgres_server.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The endpoint of one real S3 protocol server for the run."""
+    try:
+        with servers.s3() as endpoint:
+            yield endpoint
+    except ModuleNotFoundError as missing:
+        servers.unavailable(f"no S3 server: {missing}; pip install 'moto[s3,server]'")
+
+
+@pytest.fixture
+def s3_artifacts_url(s3_server: str) -> servers.S3Artifacts:
+    """An artifact root in a fresh bucket."""
+    return servers.create_bucket(s3_server)
+
+
+@pytest.fixture
+def no_blocking() -> Iterator[None]:
+    """Fail the test when code of modelserve blocks the event loop."""
+    with blockbuster_ctx("modelserve"):
+        yield

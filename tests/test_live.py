@@ -1,0 +1,495 @@
+"""The reconciler against a registry and a loader of plain Python, in virtual time: every fault can be ordered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import datetime as dt
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modelserve.config import ModelOptions
+from modelserve.errors import BackendUnavailable, LoadFailed, ModelNotFound, NotReady, VersionNotFound
+from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
+from modelserve.live import Live
+from modelserve.testing.clock import VirtualTimeLoop
+from modelserve.types import Artifact, DeploymentState, ModelVersion
+
+
+def version(number: int) -> ModelVersion:
+    """Make a registry's version; nothing of it is ever loaded."""
+    return ModelVersion(
+        id=number,
+        model_name="m",
+        version=str(number),
+        framework="sklearn",
+        artifact=Artifact(key="blobs/sha256/" + "0" * 64, sha256="0" * 64, size=1, format="skops"),
+        signature={},
+        load_options={},
+        example=None,
+        metrics={},
+        tags={},
+        status="staging",
+        created_at=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+    )
+
+
+class FakeRegistry:
+    """One model's deployment, as the real registry would tell it."""
+
+    def __init__(self) -> None:
+        self.state: DeploymentState | None = None
+        self.listeners: list[Callable[[str], None]] = []
+        self.down = False
+        self.was_wanted: list[int] = []
+
+    def promote(self, number: int) -> None:
+        now = self.state
+        self.state = DeploymentState(
+            model_name="m",
+            generation=1 if now is None else now.generation + 1,
+            production=version(number),
+            previous=now.production if now else None,
+        )
+        self.was_wanted.append(number)
+
+    def touch(self) -> None:
+        assert self.state is not None
+        self.state = dataclasses.replace(self.state, generation=self.state.generation + 1)
+
+    def hint(self) -> None:
+        for listener in self.listeners:
+            listener("m")
+
+    def generations(self) -> dict[str, int]:
+        self._answer()
+        return {"m": self.state.generation} if self.state else {}
+
+    def deployment(self, model_name: str) -> DeploymentState:
+        self._answer()
+        if self.state is None:
+            raise ModelNotFound(model_name)
+        return self.state
+
+    def subscribe(self, listener: Callable[[str], None]) -> Callable[[], None]:
+        self.listeners.append(listener)
+        return lambda: self.listeners.remove(listener)
+
+    def _answer(self) -> None:
+        if self.down:
+            raise BackendUnavailable("registry database", "it is down")
+
+
+class FakePool:
+    alive = True
+    queue_depth = 0
+
+
+class FakeVersion:
+    """Stands where a loaded version stands."""
+
+    def __init__(self, meta: ModelVersion) -> None:
+        self.meta = meta
+        self.pool = FakePool()
+        self.unloaded = False
+        self.busy: asyncio.Event | None = None
+
+    async def unload(self) -> None:
+        if self.busy is not None:
+            await self.busy.wait()
+        assert not self.unloaded
+        self.unloaded = True
+
+
+class FakeLoader:
+    """Loads a version in as many virtual seconds as it is told, or fails."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}
+        self.failing: set[int] = set()
+        self.started: list[int] = []
+        self.cancelled: list[int] = []
+        self.loaded: list[FakeVersion] = []
+
+    async def load(self, meta: ModelVersion, options: ModelOptions) -> FakeVersion:
+        self.started.append(meta.id)
+        try:
+            await asyncio.sleep(self.seconds.get(meta.id, 0.1))
+        except asyncio.CancelledError:
+            self.cancelled.append(meta.id)
+            raise
+        if meta.id in self.failing:
+            raise LoadFailed("it does not load")
+        self.loaded.append(FakeVersion(meta))
+        return self.loaded[-1]
+
+    @property
+    def alive(self) -> list[int]:
+        return sorted(each.meta.id for each in self.loaded if not each.unloaded)
+
+
+class Inline(Executor):
+    """Runs at once what is submitted, so that virtual time need not wait for a thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class World:
+    """A registry, a loader and the reconciler between them."""
+
+    def __init__(self, **options: Any) -> None:
+        self.registry = FakeRegistry()
+        self.loader = FakeLoader()
+        self.events: list[Any] = []
+        observers = Observers()
+        observers.subscribe(self.events.append)
+        self.live = Live(
+            self.registry,
+            self.loader,  # type: ignore[arg-type]
+            Inline(),
+            models=options.pop("models", None),
+            observers=observers,
+            poll_s=1.0,
+        )
+
+    @property
+    def serving(self) -> str:
+        return self.live["m"].production.meta.version
+
+    async def hint(self) -> None:
+        self.registry.hint()
+        await asyncio.sleep(0.01)
+
+
+def run(scenario: Callable[[World], Coroutine[Any, Any, None]], **options: Any) -> World:
+    """Play a scenario in virtual time and stop the reconciler after it."""
+
+    async def play() -> World:
+        world = World(**options)
+        try:
+            await scenario(world)
+        finally:
+            await world.live.stop()
+        assert world.loader.alive == []
+        return world
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(play())
+
+
+def test_start_returns_when_everything_wanted_is_loaded() -> None:
+    """After start the production version serves."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        assert world.serving == "1"
+        assert world.live.status()[0].ready
+
+    run(scenario)
+
+
+def test_a_hint_is_acted_upon_at_once() -> None:
+    """A hint makes the reconciler look without waiting for the poll."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.promote(2)
+        await world.hint()
+        await asyncio.sleep(0.2)
+        assert world.serving == "2"
+
+    run(scenario)
+
+
+def test_polling_alone_is_enough() -> None:
+    """A change whose hint is lost is found within the poll interval."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.promote(2)
+        await asyncio.sleep(1.2)
+        assert world.serving == "2"
+
+    run(scenario)
+
+
+def test_repeated_hints_load_once() -> None:
+    """Any number of hints for one change starts one load."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.promote(2)
+        for _ in range(20):
+            await world.hint()
+        await asyncio.sleep(1)
+        assert world.loader.started == [1, 2]
+
+    run(scenario)
+
+
+def test_the_old_version_serves_while_the_new_one_loads() -> None:
+    """Between a promotion and the end of its load the version before keeps answering."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.loader.seconds[2] = 30
+        world.registry.promote(2)
+        await world.hint()
+        await asyncio.sleep(29)
+        assert world.serving == "1"
+        assert world.live.status()[0].loading == "2"
+        await asyncio.sleep(2)
+        assert world.serving == "2"
+
+    run(scenario)
+
+
+def test_a_version_that_fails_leaves_the_old_one_serving_and_is_retried_with_back_off() -> None:
+    """A refused version changes nothing, raises an event, and is tried again after 1, 2, 4 … seconds."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.loader.failing.add(2)
+        world.registry.promote(2)
+        await world.hint()
+        await asyncio.sleep(14)
+        assert world.serving == "1"
+        assert world.live.status()[0].ready
+        assert "refused" in str(world.live.status()[0].problem)
+        refusals = [event for event in world.events if isinstance(event, LoadRejected)]
+        assert [event.retry_s for event in refusals] == [1, 2, 4, 8]
+        world.loader.failing.clear()
+        await asyncio.sleep(16)
+        assert world.serving == "2"
+        assert world.live.status()[0].problem is None
+
+    run(scenario)
+
+
+def test_a_newer_wish_overtakes_a_hanging_load() -> None:
+    """A load that never ends does not keep a later promotion from being served."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.loader.seconds[2] = 1e6
+        world.registry.promote(2)
+        await world.hint()
+        world.registry.promote(3)
+        await world.hint()
+        await asyncio.sleep(0.5)
+        assert world.serving == "3"
+        assert world.loader.cancelled == [2]
+
+    run(scenario)
+
+
+def test_an_unrelated_change_does_not_restart_a_load() -> None:
+    """A new generation that wants the same version leaves its running load alone."""
+
+    async def scenario(world: World) -> None:
+        world.loader.seconds[1] = 5
+        world.registry.promote(1)
+        starting = asyncio.create_task(world.live.start())
+        await asyncio.sleep(1)
+        world.registry.touch()
+        await world.hint()
+        await starting
+        assert world.loader.started == [1]
+        assert world.live["m"].generation == 2
+
+    run(scenario)
+
+
+def test_the_previous_version_stays_warm_for_a_rollback() -> None:
+    """Going back to the version before needs no load."""
+
+    async def scenario(world: World) -> None:
+        for number in (1, 2, 1):
+            world.registry.promote(number)
+            await (world.hint() if world.registry.listeners else world.live.start())
+            await asyncio.sleep(0.5)
+        assert world.serving == "1"
+        assert world.loader.started == [1, 2]
+
+    run(scenario)
+
+
+def test_without_keep_previous_the_old_version_is_freed() -> None:
+    """``keep_previous=False`` unloads the version before after the swap."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.promote(2)
+        await world.hint()
+        await asyncio.sleep(0.5)
+        assert world.loader.alive == [2]
+        assert VersionUnloaded("m", "1") in world.events
+
+    run(scenario, models={"m": ModelOptions(keep_previous=False)})
+
+
+def test_what_is_neither_production_nor_previous_is_freed() -> None:
+    """After three promotions the first version is gone, and the second can still be asked for by name."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        for number in (2, 3):
+            world.registry.promote(number)
+            await world.hint()
+            await asyncio.sleep(0.5)
+        assert world.loader.alive == [2, 3]
+        assert world.live["m"].choose("2").meta.version == "2"
+        with pytest.raises(VersionNotFound):
+            world.live["m"].choose("1")
+
+    run(scenario)
+
+
+def test_a_registry_that_is_down_changes_nothing_that_serves() -> None:
+    """While the database is down the loaded version serves; afterwards the missed change is caught up."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.down = True
+        world.registry.promote(2)
+        await world.hint()
+        await asyncio.sleep(30)
+        assert world.serving == "1"
+        assert world.live.problem is not None
+        world.registry.down = False
+        await asyncio.sleep(1.5)
+        assert world.serving == "2"
+        assert world.live.problem is None
+
+    run(scenario)
+
+
+def test_a_start_without_registry_comes_up_not_ready_and_heals() -> None:
+    """A host that starts while the database is down is told why there is no model, and gets it later."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        world.registry.down = True
+        await world.live.start()
+        with pytest.raises(NotReady, match="it is down"):
+            world.live["m"]
+        world.registry.down = False
+        await asyncio.sleep(1.5)
+        assert world.serving == "1"
+
+    run(scenario, models={"m": ModelOptions()})
+
+
+def test_models_that_are_not_configured_are_not_served() -> None:
+    """With an explicit list, other models of the registry are unknown here."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        with pytest.raises(ModelNotFound):
+            world.live["m"]
+        with pytest.raises(NotReady, match="no such model"):
+            world.live["other"]
+
+    run(scenario, models={"other": ModelOptions()})
+
+
+def test_events_tell_each_takeover_once() -> None:
+    """One ``VersionLoaded`` per takeover, with the generation that wanted it."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.touch()
+        await world.hint()
+        world.registry.promote(2)
+        await world.hint()
+        await asyncio.sleep(1)
+
+    told = [event for event in run(scenario).events if isinstance(event, VersionLoaded)]
+    assert told == [VersionLoaded("m", "1", 1), VersionLoaded("m", "2", 3)]
+
+
+def do(world: World, action: str, number: int) -> None:
+    """Let something happen to the registry or to the loader."""
+    registry, loader = world.registry, world.loader
+    happenings: dict[str, Callable[[], object]] = {
+        "promote": lambda: registry.promote(number),
+        "hint": registry.hint,
+        "touch": registry.touch,
+        "down": lambda: setattr(registry, "down", True),
+        "up": lambda: setattr(registry, "down", False),
+        "break": lambda: loader.failing.add(number),
+        "heal": loader.failing.clear,
+        "slow": lambda: loader.seconds.__setitem__(number, 3.0),
+        "fast": lambda: loader.seconds.__setitem__(number, 0.0),
+    }
+    happenings[action]()
+
+
+async def watch(world: World) -> None:
+    """Look twenty times a second whether what serves may serve."""
+    last = 0
+    while True:
+        with contextlib.suppress(ModelNotFound, NotReady):
+            now = world.live["m"]
+            assert now.generation >= last
+            last = now.generation
+            assert now.production.meta.id in world.registry.was_wanted
+            assert not now.production.unloaded  # type: ignore[attr-defined]
+        await asyncio.sleep(0.05)
+
+
+ACTIONS = ["promote", "hint", "touch", "down", "up", "break", "heal", "slow", "fast"]
+
+
+@pytest.mark.promise("P4")
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(1, 4), st.integers(0, 40)), max_size=30))
+def test_whatever_happens_it_converges_and_never_goes_back(steps: list[tuple[str, int, int]]) -> None:
+    """Under any order of promotions, hints, outages, slow and failing loads, it ends as wanted.
+
+    Meanwhile applied generations only rise, and what serves was wanted once and is still loaded.
+    """
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        watcher = asyncio.create_task(watch(world))
+        for action, number, tenths in steps:
+            do(world, action, number)
+            await asyncio.sleep(tenths / 10)
+        do(world, "up", 0)
+        do(world, "heal", 0)
+        await asyncio.sleep(70)  # the poll, the longest back-off and the slowest load
+        watcher.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await watcher
+        wanted = world.registry.deployment("m")
+        assert wanted.production is not None
+        assert world.live["m"].generation == wanted.generation
+        assert world.live["m"].production.meta.id == wanted.production.id
+
+    run(scenario)

@@ -1,0 +1,351 @@
+"""The async server over a real registry, real artifacts and real models."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.preprocessing import FunctionTransformer
+
+import modelserve as ms
+from modelserve.errors import ArtifactCorrupt, ArtifactUnsafe
+from modelserve.events import LoadRejected, Served, VersionLoaded
+from modelserve.testing.models import tells, telltale
+
+X = np.array([[1.0], [2.0]])
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> ms.Registry:
+    """A registry with two versions of the model ``m``, the first in production."""
+    registry = ms.Registry(f"sqlite:///{tmp_path}/models.db")
+    for number in (1, 2):
+        registry.register("m", str(number), telltale(number), example=X)
+    registry.promote("m", "1")
+    return registry
+
+
+@pytest.fixture
+async def server(registry: ms.Registry, tmp_path: Path) -> AsyncIterator[ms.AsyncModelServer]:
+    """A started server that would not poll within a test: changes reach it as hints."""
+    async with ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache", poll_s=3600) as server:
+        yield server
+
+
+async def until(condition: Callable[[], bool], server: ms.AsyncModelServer) -> None:
+    """Wait for the next events of a server until the condition holds."""
+    changed = asyncio.Event()
+    stop = server.observe(lambda _: changed.set())
+    while not condition():
+        changed.clear()
+        await asyncio.wait_for(changed.wait(), 20)
+    stop()
+
+
+def production(server: ms.AsyncModelServer) -> str | None:
+    return server.status()[0].production
+
+
+async def test_a_prediction_names_its_version_and_its_latency(server: ms.AsyncModelServer) -> None:
+    """A prediction carries the answer, the version that gave it, a latency and an id."""
+    answer = await server.predict("m", {"x": [5.0]})
+    assert answer.prediction == pytest.approx(1005.0)
+    assert answer.model_version == "1"
+    assert 0 < answer.latency_ms < 1000
+    assert len(answer.request_id) == 36
+    assert not answer.cached
+
+
+async def test_the_callers_request_id_is_kept(server: ms.AsyncModelServer) -> None:
+    """An id given with the request comes back with the answer."""
+    assert (await server.predict("m", {"x": [5.0]}, request_id="abc")).request_id == "abc"
+
+
+async def test_many_rows_are_answered_in_order_by_one_version(server: ms.AsyncModelServer) -> None:
+    """``predict_many`` answers each row at its place; no rows get no answers."""
+    many = await server.predict_many("m", [{"x": [float(i)]} for i in range(600)])
+    assert [answer.prediction for answer in many] == pytest.approx([1000.0 + i for i in range(600)])
+    assert await server.predict_many("m", []) == []
+
+
+async def test_concurrent_callers_get_their_own_answers(server: ms.AsyncModelServer, no_blocking: None) -> None:
+    """A thousand concurrent requests are batched, and nobody gets another's result; the loop is never blocked."""
+    answers = await asyncio.gather(*(server.predict("m", {"x": [float(i)]}) for i in range(1000)))
+    assert [tells(answer.prediction, i) for i, answer in enumerate(answers)] == [1] * 1000
+
+
+async def test_bad_input_names_the_field_and_the_row(server: ms.AsyncModelServer) -> None:
+    """What does not fit the signature is refused by name, before it reaches the queue."""
+    with pytest.raises(ms.InvalidInput, match="expected float64") as refusal:
+        await server.predict("m", {"x": ["five"]})
+    assert refusal.value.field == "x"
+    with pytest.raises(ms.InvalidInput) as refusal:
+        await server.predict_many("m", [{"x": [1.0]}, {"y": [1.0]}])
+    assert refusal.value.field == "instances[1].x"
+    with pytest.raises(ms.InvalidInput, match="at most 1024"):
+        await server.predict_many("m", [{"x": [1.0]}] * 1025)
+
+
+async def test_unknown_models_and_versions_are_told_apart(server: ms.AsyncModelServer) -> None:
+    """A model that is not there, and a version that is not loaded, each have their error."""
+    with pytest.raises(ms.ModelNotFound):
+        await server.predict("nobody", {"x": [1.0]})
+    with pytest.raises(ms.VersionNotFound):
+        await server.predict("m", {"x": [1.0]}, version="2")
+
+
+async def test_a_deadline_in_the_past_is_exceeded(server: ms.AsyncModelServer) -> None:
+    """A request whose time is over before it runs gets ``DeadlineExceeded``."""
+    with pytest.raises(ms.DeadlineExceeded):
+        await server.predict("m", {"x": [1.0]}, timeout_ms=0)
+
+
+async def test_promotion_and_rollback_reach_the_server_by_hint(
+    server: ms.AsyncModelServer, registry: ms.Registry
+) -> None:
+    """A change made through the same registry object is served without waiting for a poll."""
+    registry.promote("m", "2")
+    await until(lambda: production(server) == "2", server)
+    assert tells((await server.predict("m", {"x": [3.0]})).prediction, 3) == 2
+    assert tells((await server.predict("m", {"x": [3.0]}, version="1")).prediction, 3) == 1
+    registry.rollback("m")
+    await until(lambda: production(server) == "1", server)
+
+
+async def test_a_promotion_elsewhere_is_found_by_polling(registry: ms.Registry, tmp_path: Path) -> None:
+    """A change made by another process is served after the next poll."""
+    elsewhere = ms.Registry(f"sqlite:///{tmp_path}/models.db")
+    async with ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache", poll_s=0.02) as server:
+        elsewhere.promote("m", "2")
+        await until(lambda: production(server) == "2", server)
+
+
+async def test_a_model_without_production_is_not_ready_until_promoted(registry: ms.Registry, tmp_path: Path) -> None:
+    """A configured model that nobody promoted makes the server not ready, and is served once promoted."""
+    registry.register("new", "1", telltale(1), example=X)
+    models = {"new": ms.ModelOptions()}
+    async with ms.AsyncModelServer(registry, models, cache_dir=tmp_path / "cache", poll_s=3600) as server:
+        assert not server.ready
+        with pytest.raises(ms.NotReady, match="promote"):
+            await server.predict("new", {"x": [1.0]})
+        registry.promote("new", "1")
+        await until(lambda: server.ready, server)
+
+
+async def test_a_staging_model_does_not_make_the_server_unready(
+    server: ms.AsyncModelServer, registry: ms.Registry
+) -> None:
+    """With no list of models, one that has no production version is not waited for."""
+    assert server.ready
+    registry.register("draft", "1", telltale(1), example=X)
+    assert server.ready
+    assert [status.model_name for status in server.status()] == ["m"]
+
+
+async def test_an_empty_registry_is_not_ready(tmp_path: Path) -> None:
+    """No model to serve is not the same as every model ready."""
+    registry = ms.Registry(f"sqlite:///{tmp_path}/empty.db")
+    async with ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache") as server:
+        assert not server.ready
+
+
+async def test_a_flipped_byte_in_the_store_is_never_loaded(
+    server: ms.AsyncModelServer, registry: ms.Registry, tmp_path: Path
+) -> None:
+    """A version whose stored bytes changed after registration is refused, and the old one serves on."""
+    artifact = registry.get("m", "2").artifact
+    blob = tmp_path / "artifacts" / artifact.key
+    data = bytearray(blob.read_bytes())
+    data[len(data) // 2] ^= 1
+    blob.write_bytes(data)
+    refusals: list[Any] = []
+    server.observe(refusals.append)
+    registry.promote("m", "2")
+    await until(lambda: any(isinstance(event, LoadRejected) for event in refusals), server)
+    error = next(event.error for event in refusals if isinstance(event, LoadRejected))
+    assert isinstance(error, ArtifactCorrupt)
+    assert artifact.sha256 in str(error)
+    assert tells((await server.predict("m", {"x": [3.0]})).prediction, 3) == 1
+    assert server.ready
+
+
+async def test_a_flipped_byte_in_the_cache_is_set_aside_and_fetched_again(
+    registry: ms.Registry, tmp_path: Path
+) -> None:
+    """A blob damaged on the local disk between two runs is not loaded; the good one is fetched from the store."""
+    artifact = registry.get("m", "1").artifact
+    async with ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache"):
+        pass
+    blob = tmp_path / "cache" / artifact.key
+    blob.write_bytes(b"!" + blob.read_bytes()[1:])
+    async with ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache") as server:
+        assert tells((await server.predict("m", {"x": [3.0]})).prediction, 3) == 1
+    assert len(list((tmp_path / "cache" / "quarantine").iterdir())) == 1
+
+
+async def test_a_pickle_is_refused_until_it_is_allowed(registry: ms.Registry, tmp_path: Path) -> None:
+    """A joblib artifact is not loaded by default, and the error says how to allow it."""
+    registry.register("pickled", "1", telltale(7), example=X, format="joblib")
+    registry.promote("pickled", "1")
+    refusals: list[Any] = []
+    server = ms.AsyncModelServer(registry, {"pickled": ms.ModelOptions()}, cache_dir=tmp_path / "cache")
+    server.observe(refusals.append)
+    async with server:
+        assert isinstance(refusals[0].error, ArtifactUnsafe)
+        assert "allow_pickle=True" in str(refusals[0].error)
+        with pytest.raises(ms.NotReady):
+            await server.predict("pickled", {"x": [1.0]})
+    allowed = {"pickled": ms.ModelOptions(allow_pickle=True)}
+    async with ms.AsyncModelServer(registry, allowed, cache_dir=tmp_path / "cache") as server:
+        assert tells((await server.predict("pickled", {"x": [1.0]})).prediction, 1) == 7
+
+
+async def test_a_version_that_answers_its_golden_example_differently_is_refused(
+    server: ms.AsyncModelServer, registry: ms.Registry
+) -> None:
+    """A version that does not reproduce the answers it gave at registration never serves."""
+    good = registry.get("m", "2")
+    example = registry.artifacts.put_bytes(b'{"inputs":[{"x":[1.0]}],"outputs":[77.0]}', format="example-json")
+    registry._insert(
+        model_name="m",
+        version="3",
+        framework="sklearn",
+        artifact=good.artifact,
+        signature=good.signature,
+        load_options=good.load_options,
+        example=example,
+        metrics={},
+        tags={},
+        actor=None,
+        reason="",
+    )
+    registry.promote("m", "3")
+    await until(lambda: server.status()[0].problem is not None, server)
+    assert "golden example, row 0: registered answer 77.0, got 2001" in str(server.status()[0].problem)
+    assert production(server) == "1"
+
+
+async def test_a_row_the_model_fails_on_leaves_its_batch_mates_alone(registry: ms.Registry, tmp_path: Path) -> None:
+    """Only the caller whose row made the model raise gets ``InferenceFailed``."""
+    registry.register(
+        "picky", "1", FunctionTransformer(_fails_on_thirteen), example=X, method="transform", format="joblib"
+    )
+    registry.promote("picky", "1")
+    models = {"picky": ms.ModelOptions(allow_pickle=True)}
+    async with ms.AsyncModelServer(registry, models, cache_dir=tmp_path / "cache") as server:
+        calls = [server.predict("picky", {"x": [float(i)]}) for i in range(20)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert [i for i, answer in enumerate(answers) if isinstance(answer, ms.InferenceFailed)] == [13]
+    assert [a.prediction for a in answers if not isinstance(a, BaseException)] == [[i] for i in range(20) if i != 13]
+
+
+def _fails_on_thirteen(x: Any) -> Any:
+    if (np.asarray(x) == 13).any():
+        raise ValueError("thirteen")
+    return x
+
+
+async def test_every_call_is_told_to_observers(server: ms.AsyncModelServer) -> None:
+    """Observers see each call with its version, rows and error; one that raises disturbs nobody."""
+    seen: list[Any] = []
+
+    def broken(_: object) -> None:
+        raise RuntimeError("observer")
+
+    server.observe(broken)
+    server.observe(seen.append)
+    await server.predict("m", {"x": [1.0]}, request_id="good")
+    with pytest.raises(ms.InvalidInput):
+        await server.predict("m", {}, request_id="bad")
+    good, bad = [event for event in seen if isinstance(event, Served)]
+    assert (good.request_id, good.version, good.rows, good.error) == ("good", "1", 1, None)
+    assert isinstance(bad.error, ms.InvalidInput)
+
+
+@pytest.mark.promise("P1")
+async def test_closing_finishes_what_is_in_flight_and_refuses_what_comes(registry: ms.Registry, tmp_path: Path) -> None:
+    """On close, requests already taken are answered; later ones get ``NotReady``; closing twice is harmless."""
+    server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache")
+    await server.start()
+    calls = [asyncio.create_task(server.predict("m", {"x": [float(i)]})) for i in range(50)]
+    await asyncio.sleep(0)
+    await server.close()
+    assert [tells(call.result().prediction, i) for i, call in enumerate(calls)] == [1] * 50
+    with pytest.raises(ms.NotReady, match=r"closing|not started"):
+        await server.predict("m", {"x": [1.0]})
+    await server.close()
+
+
+async def test_a_server_can_be_started_again(registry: ms.Registry, tmp_path: Path) -> None:
+    """After close, start makes it serve again."""
+    server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache")
+    for _ in range(2):
+        async with server:
+            assert (await server.predict("m", {"x": [1.0]})).model_version == "1"
+
+
+async def test_an_unstarted_server_says_so(registry: ms.Registry) -> None:
+    """Predicting before start is refused with the way to start."""
+    with pytest.raises(ms.NotReady, match="not started"):
+        await ms.AsyncModelServer(registry).predict("m", {"x": [1.0]})
+
+
+async def test_a_server_dropped_while_running_complains(registry: ms.Registry, tmp_path: Path) -> None:
+    """Losing a started server without closing it is a ``ResourceWarning``."""
+    server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache")
+    await server.start()
+    with pytest.warns(ResourceWarning, match="without close"):
+        server.__del__()
+    await server.close()
+    gc.collect()
+
+
+@pytest.mark.promise("P2")
+async def test_versions_are_swapped_under_load_without_a_failure(
+    server: ms.AsyncModelServer, registry: ms.Registry
+) -> None:
+    """While 64 callers go on, promotions and rollbacks fail nobody, and every answer is its named version's own."""
+    stop = asyncio.Event()
+    answered = {"1": 0, "2": 0}
+
+    async def caller(x: float) -> None:
+        while not stop.is_set():
+            answer = await server.predict("m", {"x": [x]})
+            assert str(tells(answer.prediction, x)) == answer.model_version
+            answered[answer.model_version] += 1
+
+    callers = [asyncio.create_task(caller(float(i))) for i in range(64)]
+    for turn in range(10):
+        registry.promote("m", "2") if turn % 2 == 0 else registry.rollback("m")
+        wanted = registry.production("m").version
+        await until(lambda wanted=wanted: production(server) == wanted, server)  # type: ignore[misc]
+    stop.set()
+    await asyncio.gather(*callers)
+    assert min(answered.values()) > 0
+
+
+async def test_swaps_are_announced(server: ms.AsyncModelServer, registry: ms.Registry) -> None:
+    """Observers are told which version took over at which generation."""
+    events: list[Any] = []
+    server.observe(events.append)
+    registry.promote("m", "2")
+    await until(lambda: production(server) == "2", server)
+    (loaded,) = [event for event in events if isinstance(event, VersionLoaded)]
+    assert (loaded.model_name, loaded.version) == ("m", "2")
+    assert loaded.generation == registry.deployment("m").generation
+
+
+async def test_a_server_is_built_from_one_file(tmp_path: Path, registry: ms.Registry) -> None:
+    """``from_config`` reads registry, cache and per-model options from TOML."""
+    config = tmp_path / "modelserve.toml"
+    config.write_text(
+        f'registry = "sqlite:///{tmp_path}/models.db"\ncache_dir = "{tmp_path}/cache"\n[models.m]\nqueue_limit = 3\n'
+    )
+    async with ms.AsyncModelServer.from_config(config) as server:
+        with pytest.raises(ms.InvalidInput, match="at most 3"):
+            await server.predict_many("m", [{"x": [1.0]}] * 4)
