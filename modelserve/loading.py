@@ -159,7 +159,7 @@ async def _answer(pool: Pool, rows: list[Row]) -> list[Json]:
     for answer in answers:
         if isinstance(answer, Exception):
             raise LoadFailed(f"the warm-up failed: {answer}") from answer
-    return answers
+    return list(answers)
 
 
 def _compare(expected: list[Json], answers: list[Json]) -> None:

@@ -34,7 +34,7 @@ _LOADS_AT_ONCE: Final = 4
 class Answer(NamedTuple):
     """What one request got: a value per row, and the version that answered."""
 
-    values: list[Json]
+    values: Sequence[Json]
     model_version: str
     latency_ms: float
     request_id: str
@@ -141,7 +141,7 @@ class AsyncModelServer:
         self, target: LoadedVersion, request_id: str, rows: int, arrived: float, error: Exception | None = None
     ) -> float:
         """Tell the observers; return the request's latency in milliseconds."""
-        latency_ms = round((self._now() - arrived) * 1000, 3)
+        latency_ms = int((self._now() - arrived) * 1_000_000) / 1000
         if self._observers:
             meta = target.meta
             self._observers.emit(Served(meta.model_name, meta.version, request_id, rows, latency_ms, error))
@@ -356,7 +356,7 @@ def _validated(target: LoadedVersion, instances: Sequence[Any], where: str) -> l
     return rows
 
 
-def _values(results: list[Json | Exception]) -> list[Json]:
+def _values(results: Sequence[Json | Exception]) -> Sequence[Json]:
     """Return the values of a request's rows, or raise the first error among them."""
     for i, result in enumerate(results):
         if isinstance(result, Exception):

@@ -22,6 +22,8 @@ from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.myst import CodeBlockParser
 
+import modelserve
+from modelserve import errors
 from modelserve.config import ModelOptions, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -69,15 +71,19 @@ class Reader:
         program, *arguments = shlex.split(example.parsed)
         if program == "curl":
             self._prepare_request(*arguments)
+        elif program == "modelserve":
+            subprocess.run([sys.executable, "-m", "modelserve.cli", *arguments], env=self._environment(), check=True)
         else:
             self._start_server(program, arguments)
+
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)])}
 
     def _start_server(self, program: str, arguments: list[str]) -> None:
         port = next(each for each in re.findall(r"\d{4}", " ".join(arguments)))
         self.ports[port] = _free_port()
         command = [argument.replace(port, str(self.ports[port])) for argument in arguments]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)])}
-        server = subprocess.Popen([sys.executable, "-m", program, *command], cwd=self.folder, env=environment)
+        server = subprocess.Popen([sys.executable, "-m", program, *command], env=self._environment())
         self.servers.append(server)
         _wait_for_port(self.ports[port], server)
 
@@ -147,6 +153,31 @@ def test_every_option_of_a_model_is_documented() -> None:
         for name, field in model.model_fields.items():
             assert rows.pop(name) == repr(field.default).replace("'", '"')
     assert not rows
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    """No promise stands on a test that was renamed or removed."""
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+
+    assert len(named) > 20
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name}"
+
+
+def test_every_error_is_documented() -> None:
+    """The table of errors has each class of the tree, says whether it is retryable, and marks the public ones."""
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (.*(?:`\w+`).*) \|$", page, re.MULTILINE)
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    tree: list[type[errors.ModelServeError]] = [each for each in vars(errors).values() if isinstance(each, type)]
+
+    assert len(rows) == len(tree)
+    for (name, parents, _, retryable, _), error in zip(rows, tree, strict=True):
+        public = error.__name__ in modelserve.__all__
+        assert name == (f"**`{error.__name__}`**" if public else f"`{error.__name__}`")
+        assert parents == ", ".join(f"`{base.__name__}`" for base in error.__bases__)
+        assert retryable == ("yes" if error.retryable else "no")
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,10 @@ def manifest_key(sha256: str) -> str:
 
 
 def digest_in(key: str) -> str:
-    """Return the digest that a key ends with. Raises ``LoadFailed`` for what is no key; paths are made from nothing else."""
+    """Return the digest that a key ends with.
+
+    Raises ``LoadFailed`` for what is no key; paths are made from keys alone.
+    """
     match = _KEY.fullmatch(key)
     if match is None:
         raise LoadFailed(f"{key[:100]!r} is no artifact key")
@@ -67,7 +70,7 @@ def entries_of(folder: Path) -> list[Entry]:
 
     Raises ``InvalidInput`` for links, for anything else that is not a plain file or folder, and for an empty folder.
     """
-    entries = [_entry(folder, path) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    entries = [_entry(folder, path) for path in files.below(folder)]
     if not entries:
         raise InvalidInput("model", f"{folder.name} holds no file")
     return sorted(entries)

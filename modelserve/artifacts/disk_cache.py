@@ -1,40 +1,51 @@
 """The disk cache: artifacts of the store on the local disk, verified, shared by the processes of a machine.
 
-Correctness rests on unique temporary files, digests and renames alone; the file locks only keep a leased blob from
-being evicted by another process. Local paths derive from digests, never from names.
+::
+
+    blobs/sha256/<hex>        files, read-only, each under the digest of its bytes
+    manifests/sha256/<hex>    what folders consist of
+    trees/sha256/<hex>/       those folders, made of hard links to the blobs
+    quarantine/               the last files that did not hash to their name
+    temp/                     files and folders before they take their final name
+
+A file takes its final name only after its bytes hashed to it, and is never replaced afterwards. Whoever uses it holds
+a shared lock on it; eviction takes only what it can lock alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
-import shutil
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Final, Self
+from typing import IO, Final, NamedTuple, Self
 
-from modelserve.artifacts import blob
+from modelserve.artifacts import blob, files
 from modelserve.artifacts.store import ArtifactStore
-from modelserve.errors import ArtifactCorrupt, BackendUnavailable, LoadFailed
+from modelserve.errors import ArtifactCorrupt, BackendUnavailable
 from modelserve.types import Artifact
 
 _log = logging.getLogger("modelserve")
+_BACKEND: Final = "artifact cache"
 _ATTEMPTS: Final = 3
+_ROUNDS: Final = 5  # find a bad blob, download, find it evicted, download, have it: more is no accident
+_PATIENCE_S: Final = 120.0  # for another process's download of the same bytes
 _QUARANTINED: Final = 8
-_LITTER_AGE_S: Final = 3600.0
+_MANIFEST_LIMIT: Final = 64 * 1024 * 1024
 
 
 def default_cache_folder() -> Path:
     """Return the user's cache folder for artifacts."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "modelserve"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelserve"
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (configured if configured.is_absolute() else Path.home() / ".cache") / "modelserve"
 
 
 class Lease:
@@ -42,13 +53,11 @@ class Lease:
 
     def __init__(self, path: Path, release: Callable[[], None]) -> None:
         self.path = path
-        self._release: Callable[[], None] | None = release
+        self._release = release
 
     def release(self) -> None:
         """Let the artifact be evicted. Safe to call twice."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+        self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -60,188 +69,270 @@ class Lease:
 class DiskCache:
     """Artifacts under ``folder``, at most ``max_bytes`` of them (None: no bound), least recently used out first.
 
-    Thread-safe; any number of processes may share a folder. What a process finds on the disk is verified the first
-    time that process uses it.
+    Thread-safe; any number of processes may share a folder, and a fork may copy the cache at any moment. What a
+    process finds on the disk is verified the first time that process uses it.
     """
 
     def __init__(self, folder: str | Path, *, max_bytes: int | None = None) -> None:
         self._folder = Path(folder).absolute()
-        self._max_bytes = max_bytes
-        self._locks: dict[str, threading.Lock] = {}
-        self._locks_lock = threading.Lock()
-        self._verified: set[str] = set()
         self._temp = self._folder / "temp"
+        self._max_bytes = max_bytes
+        self._process = _Process()
         with _disk_errors():
             self._temp.mkdir(parents=True, exist_ok=True)
-            self._sweep_litter()
+            files.sweep(self._temp)
 
     def fetch(self, store: ArtifactStore, artifact: Artifact) -> Lease:
         """Return the artifact on the local disk, downloaded if need be, and verified.
 
-        Raises ``ArtifactCorrupt`` when the store's bytes are not the registered ones, ``LoadFailed`` when it has
-        none, ``BackendUnavailable`` when it does not answer or the disk is full.
+        Raises ``ArtifactCorrupt`` when the store's bytes are not the registered ones, ``LoadFailed`` when it has none,
+        and ``BackendUnavailable`` when it does not answer or the disk is full.
         """
-        blob.check_key(artifact.key)
-        with self._lock_of(artifact.sha256), _disk_errors():
-            path = self._path(artifact.key)
-            size = None if blob.is_manifest(artifact.key) else artifact.size
-            self._ensure(store, artifact.key, artifact.sha256, size)
-            hold = _hold(path)
+        key = blob.key_of(artifact)
+        limit = _MANIFEST_LIMIT if blob.is_manifest(key) else artifact.size
+        process = self._of_this_process()
+        with process.lock_of(key), _disk_errors():
+            held = self._acquire(store, key, limit)
             try:
-                if blob.is_manifest(artifact.key):
-                    path = self._tree(store, artifact.sha256)
+                path = self._tree(store, key, held) if blob.is_manifest(key) else self._folder / key
             except BaseException:
-                hold.close()
+                held.close()
                 raise
-        self.evict()
-        return Lease(path, hold.close)
-
-    def evict(self) -> None:
-        """Remove what was used longest ago until ``max_bytes`` hold; what is leased stays."""
-        if self._max_bytes is None:
-            return
-        blobs = sorted(self._blobs(), key=lambda each: each[1])
-        total = sum(size for _, _, size in blobs)
-        for path, _, size in blobs:
-            if total <= self._max_bytes:
-                return
-            if self._remove_unless_held(path):
-                total -= size
+            process.lease(key)
+        lease = Lease(path, lambda: process.release(key, held))
+        self._evict()
+        return lease
 
     # -- one blob ------------------------------------------------------------------------------------------
 
-    def _ensure(self, store: ArtifactStore, key: str, sha256: str, size: int | None) -> None:
-        path = self._path(key)
-        if path.exists():
-            if sha256 in self._verified or blob.digest_of(blob.chunks_of(path))[0] == sha256:
-                self._verified.add(sha256)
-                os.utime(path)
-                return
-            self._quarantine(path)
-        self._download(store, key, sha256, size)
-        self._verified.add(sha256)
+    def _acquire(self, store: ArtifactStore, key: str, limit: int) -> IO[bytes]:
+        """Return the verified file of a key, open and held. The caller has the lock of the key."""
+        path = self._folder / key
+        for _ in range(_ROUNDS):
+            held = files.hold(path)
+            if held is None:
+                self._fill(store, key, limit)
+            elif self._is_sound(key, held):
+                _touch(path)
+                return held
+            else:
+                self._quarantine(path, held)
+        raise BackendUnavailable(_BACKEND, f"{key} does not stay on the disk")
 
-    def _download(self, store: ArtifactStore, key: str, sha256: str, size: int | None) -> None:
-        """Fetch into a file of our own; only bytes of the right digest ever take the final name."""
+    def _is_sound(self, key: str, held: IO[bytes]) -> bool:
+        """Whether the bytes hash to their name. Hashed once in each process, for as long as it is the same file."""
+        verified = self._of_this_process().verified
+        if verified.get(key) != _identity(held):
+            if files.digest_of(files.chunks(held))[0] != blob.digest_in(key):
+                return False
+            verified[key] = _identity(held)
+            held.seek(0)
+        return True
+
+    def _fill(self, store: ArtifactStore, key: str, limit: int) -> None:
+        """Download, unless another process did so while this one waited for its turn."""
+        with files.turn(self._temp, key.replace("/", "-"), _PATIENCE_S):
+            if not (self._folder / key).exists():
+                self._download(store, key, limit)
+
+    def _download(self, store: ArtifactStore, key: str, limit: int) -> None:
+        """Try again what broke off or came out wrong. What did not begin, the store's driver already retried."""
         for attempt in range(1, _ATTEMPTS + 1):
-            with blob.staged(self._temp) as draft:
+            with files.draft(self._temp) as draft:
                 try:
-                    found, length = blob.write_durably(draft, store.read(key))
-                except BackendUnavailable:
-                    if attempt == _ATTEMPTS:
+                    self._receive(store, key, limit, draft)
+                except (BackendUnavailable, ArtifactCorrupt) as error:
+                    if draft.tell() == 0 or attempt == _ATTEMPTS:
                         raise
-                    continue
-                if found == sha256:
-                    blob.publish(draft, self._path(key))
+                    _log.warning("attempt %d of %d: %s", attempt, _ATTEMPTS, error)
+                else:
+                    if files.add(draft, self._folder / key):
+                        self._of_this_process().verified[key] = _identity(draft)
                     return
-            if size is None or length >= size or attempt == _ATTEMPTS:
-                raise ArtifactCorrupt(key, sha256, found)
-            _log.warning("artifact %s: got %d of %d bytes; fetching it again", key, length, size)
 
-    def _quarantine(self, path: Path) -> None:
+    def _receive(self, store: ArtifactStore, key: str, limit: int, draft: IO[bytes]) -> None:
+        wanted = blob.digest_in(key)
+        with contextlib.closing(store.read(key)) as pieces:
+            found, _ = files.copy(_at_most(limit, pieces, key), draft)
+        if found != wanted:
+            raise ArtifactCorrupt(key, wanted, found)
+
+    def _quarantine(self, path: Path, held: IO[bytes]) -> None:
         """Set bad bytes aside for whoever asks what happened to them."""
         folder = self._folder / "quarantine"
         folder.mkdir(exist_ok=True)
-        _log.error("artifact %s does not hash to its name; it is set aside and fetched again", path.name)
-        path.replace(folder / f"{path.name}.{uuid.uuid4().hex}")
-        kept = sorted(folder.iterdir(), key=lambda each: each.stat().st_mtime)
-        for old in kept[:-_QUARANTINED]:
+        _log.error("%s does not hash to its name; it is set aside and fetched again", path)
+        with held:
+            if files.names(path, held):  # else another process was faster
+                path.replace(folder / f"{time.time_ns():020}-{path.name}-{uuid.uuid4().hex[:8]}")
+        for old in sorted(folder.iterdir())[:-_QUARANTINED]:
             old.unlink(missing_ok=True)
 
     # -- folders -------------------------------------------------------------------------------------------
 
-    def _tree(self, store: ArtifactStore, sha256: str) -> Path:
-        """Build the folder of a manifest from hard links to its blobs; each is verified before."""
-        entries = blob.decode_manifest(self._path(blob.manifest_key(sha256)).read_bytes())
-        tree = self._folder / "trees" / "sha256" / sha256
-        verified = f"tree:{sha256}"
-        if verified in self._verified and tree.is_dir():
-            return tree
-        for entry in entries:
-            with self._lock_of(entry.sha256):
-                self._ensure(store, blob.blob_key(entry.sha256), entry.sha256, entry.size)
-        draft = self._temp / f".{os.getpid()}-{uuid.uuid4().hex}.tree"
-        try:
+    def _tree(self, store: ArtifactStore, key: str, manifest: IO[bytes]) -> Path:
+        """Return the folder of a manifest, made of the verified blobs; what is there is kept only if it is the same."""
+        entries = blob.decode_manifest(b"".join(files.chunks(manifest)))
+        tree = self._tree_path(key)
+        with files.draft_folder(self._temp) as draft:
             for entry in entries:
-                target = draft / entry.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.link(self._path(blob.blob_key(entry.sha256)), target)
-            self._put_tree(draft, tree)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        self._verified.add(verified)
+                self._link(store, entry, draft)
+            self._put_tree(draft, tree, entries)
         return tree
 
-    def _put_tree(self, draft: Path, tree: Path) -> None:
-        """Put the new tree in place of an older one: what an earlier process left was built from unchecked blobs."""
+    def _link(self, store: ArtifactStore, entry: blob.Entry, folder: Path) -> None:
+        key, target = blob.blob_key(entry.sha256), folder / entry.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._of_this_process().lock_of(key), self._acquire(store, key, entry.size):
+            os.link(self._folder / key, target)
+
+    def _put_tree(self, draft: Path, tree: Path, entries: Sequence[blob.Entry]) -> None:
         tree.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(_ATTEMPTS):
-            old = self._temp / f".{os.getpid()}-{uuid.uuid4().hex}.tree"
-            with contextlib.suppress(FileNotFoundError):
-                tree.rename(old)
-            try:
-                draft.rename(tree)
-            except OSError:  # another process put its own there in between: as good as ours, but let ours be last
-                continue
-            else:
+        for _ in range(_ROUNDS):
+            if _same_tree(tree, draft, entries):
                 return
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        if not tree.is_dir():
-            raise BackendUnavailable("the artifact cache", f"the folder of {tree.name} could not be put in place")
+            self._remove_tree(tree)
+            with contextlib.suppress(OSError):  # another process put its own there in between
+                draft.rename(tree)
+                return
+        raise BackendUnavailable(_BACKEND, f"{tree} cannot be put in place")
 
-    # -- housekeeping --------------------------------------------------------------------------------------
+    def _remove_tree(self, tree: Path) -> None:
+        """Take the name away in one step, and then the files: nobody sees half a folder."""
+        with contextlib.suppress(FileNotFoundError), files.draft_folder(self._temp) as grave:
+            tree.rename(grave / tree.name)
 
-    def _path(self, key: str) -> Path:
-        return self._folder / key
+    def _tree_path(self, key: str) -> Path:
+        return self._folder / "trees" / "sha256" / blob.digest_in(key)
 
-    def _lock_of(self, sha256: str) -> threading.Lock:
-        with self._locks_lock:
-            return self._locks.setdefault(sha256, threading.Lock())
+    # -- eviction ------------------------------------------------------------------------------------------
 
-    def _blobs(self) -> Iterator[tuple[Path, float, int]]:
-        for kind in ("blobs", "manifests"):
+    def _evict(self) -> None:
+        """Remove what was used longest ago until ``max_bytes`` hold. A problem here is no problem of the fetch."""
+        if self._max_bytes is None:
+            return
+        try:
+            found = sorted(self._on_disk(), key=lambda each: each.last_use_ns)
+            excess = sum(each.size for each in found) - self._max_bytes
+            for each in found:
+                if excess <= 0:
+                    return
+                excess -= self._remove(each)
+        except OSError:
+            _log.exception("the artifact cache at %s could not be pruned", self._folder)
+
+    def _on_disk(self) -> Iterator[_OnDisk]:
+        for kind in ("manifests", "blobs"):
             for path in (self._folder / kind / "sha256").glob("*"):
                 with contextlib.suppress(FileNotFoundError):
                     stat = path.stat()
-                    yield path, stat.st_mtime, stat.st_size
+                    yield _OnDisk(f"{kind}/sha256/{path.name}", stat.st_size, stat.st_mtime_ns)
 
-    def _remove_unless_held(self, path: Path) -> bool:
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            if path.parent.parent.name == "manifests":
-                shutil.rmtree(self._folder / "trees" / "sha256" / path.name, ignore_errors=True)
-                self._verified.discard(f"tree:{path.name}")
-            return True
-        return False
+    def _remove(self, each: _OnDisk) -> int:
+        """Remove one file unless it is in use; return the bytes that are gone."""
+        path = self._folder / each.key
+        with self._of_this_process().unless_used(each.key) as unused:
+            if not unused:
+                return 0
+            try:
+                with files.claimed(path) as free:
+                    if not free or path.stat().st_nlink > 1:  # a tree still has the bytes of a blob with two names
+                        return 0
+                    if blob.is_manifest(each.key):
+                        self._remove_tree(self._tree_path(each.key))
+                    path.unlink()
+            except FileNotFoundError:
+                _log.debug("%s was removed by another process", path)
+        return each.size
 
-    def _sweep_litter(self) -> None:
-        """Remove what processes that were killed left half-written."""
-        for path in self._temp.iterdir():
-            writer = path.name[1:].partition("-")[0]
-            with contextlib.suppress(OSError):
-                age = time.time() - path.stat().st_mtime
-                if age > _LITTER_AGE_S or (writer.isdigit() and not _runs(int(writer))):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _hold(path: Path) -> IO[bytes]:
-    """Open a file and hold it shared; the operating system lets go when the process dies."""
-    file = path.open("rb")
-    with contextlib.suppress(OSError):  # a filesystem without locks: an evicted file that is open stays readable
-        fcntl.flock(file, fcntl.LOCK_SH)
-    return file
+    def _of_this_process(self) -> _Process:
+        """Return what this process knows. After a fork that is nothing: locks and leases were the parent's."""
+        if self._process.pid != os.getpid():
+            self._process = _Process()
+        return self._process
 
 
-def _runs(pid: int) -> bool:
+class _OnDisk(NamedTuple):
+    key: str
+    size: int
+    last_use_ns: int
+
+
+class _Process:
+    """What one process knows of the cache: which files it verified, which keys it leases, a lock for each key."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.verified: dict[str, tuple[int, int]] = {}
+        self._leases: Counter[str] = Counter()
+        self._locks: dict[str, threading.Lock] = {}
+        self._guard = threading.Lock()
+
+    def lock_of(self, key: str) -> threading.Lock:
+        with self._guard:
+            return self._locks.setdefault(key, threading.Lock())
+
+    def lease(self, key: str) -> None:
+        with self._guard:
+            self._leases[key] += 1
+
+    def release(self, key: str, held: IO[bytes]) -> None:
+        if self.pid != os.getpid():  # a forked child lets go of its copy; the guard may have been copied locked
+            held.close()
+            return
+        with self._guard:
+            if not held.closed:
+                self._leases[key] -= 1
+                held.close()
+
+    @contextlib.contextmanager
+    def unless_used(self, key: str) -> Iterator[bool]:
+        """Give whether no thread of this process fetches or leases the key; if so, none does until the end."""
+        lock = self.lock_of(key)
+        if not lock.acquire(blocking=False):
+            yield False
+            return
+        try:
+            yield not self._leases[key]
+        finally:
+            lock.release()
+
+
+def _same_tree(tree: Path, draft: Path, entries: Sequence[blob.Entry]) -> bool:
+    """Whether two folders have the same files: under the same paths and, if not hard links of one, with the same bytes.
+
+    Two processes that downloaded at once can have two files of the same bytes.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        found = {path.relative_to(tree).as_posix() for path in files.below(tree)}
+        return found == {entry.path for entry in entries} and all(
+            (tree / path).samefile(draft / path) or files.digest_of(files.chunks_of(tree / path))[0] == sha256
+            for path, sha256, _ in entries
+        )
+    except OSError:  # not there, or taken away by another process at this moment
         return False
-    except PermissionError:
-        return True
-    return True
+
+
+def _at_most(limit: int, pieces: Iterator[bytes], key: str) -> Iterator[bytes]:
+    """Pass the pieces on, but do not fill the disk with what cannot be the artifact."""
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > limit:
+            raise ArtifactCorrupt(key, blob.digest_in(key), f"more than its {limit} bytes")
+        yield piece
+
+
+def _identity(file: IO[bytes]) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino
+
+
+def _touch(path: Path) -> None:
+    """Note the use. In nanoseconds of our own: the kernel's are those of its last tick."""
+    now = time.time_ns()
+    with contextlib.suppress(OSError):  # a file of another user, or a read-only volume
+        os.utime(path, ns=(now, now))
 
 
 @contextlib.contextmanager
@@ -249,7 +340,4 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = error.strerror or type(error).__name__
-        raise BackendUnavailable("the artifact cache", problem) from error
-    except UnicodeError as error:
-        raise LoadFailed("an artifact has a name this filesystem cannot hold") from error
+        raise BackendUnavailable(_BACKEND, error.strerror or type(error).__name__) from error

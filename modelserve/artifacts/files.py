@@ -22,6 +22,7 @@ from typing import IO, Final
 
 _CHUNK: Final = 1024 * 1024
 _DRAFT: Final = re.compile(r"\.(?P<host>.*)-(?P<pid>[0-9]+)-[0-9a-f]{32}\.draft")
+_TURN: Final = ".turn"
 _LITTER_AGE_S: Final = 3600.0
 _POLL_S: Final = 0.05
 
@@ -36,6 +37,15 @@ def chunks(file: IO[bytes]) -> Iterator[bytes]:
     """Read an open file piece by piece, from where it stands."""
     while chunk := file.read(_CHUNK):
         yield chunk
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """Give everything in a folder and its subfolders that is not a folder itself. Links are given, not followed."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            yield from below(path)
+        else:
+            yield path
 
 
 def digest_of(pieces: Iterable[bytes]) -> tuple[str, int]:
@@ -166,8 +176,9 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def turn(path: Path, patience_s: float) -> Iterator[None]:
+def turn(folder: Path, name: str, patience_s: float) -> Iterator[None]:
     """Let one process after the other in, as far as locks work, but keep nobody waiting for longer than that."""
+    path = folder / f".{name}{_TURN}"
     deadline = time.monotonic() + patience_s
     with path.open("ab") as file:
         while not _try_lock(file.fileno()) and time.monotonic() < deadline:
@@ -195,8 +206,8 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the drafts of writers that died."""
-    for path in folder.glob(".*.draft"):
+    """Remove what writers that died left behind."""
+    for path in folder.glob(".*"):
         with contextlib.suppress(OSError), claimed(path) as free:
             if free and _is_abandoned(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -206,7 +217,7 @@ def _is_abandoned(path: Path) -> bool:
     """A process of this machine is known to be gone; of another one, an hour without a byte has to do."""
     name = _DRAFT.fullmatch(path.name)
     if name is None:
-        return False
+        return path.suffix == _TURN
     is_gone = name["host"] == os.uname().nodename and not _runs(int(name["pid"]))
     return is_gone or time.time() - path.stat().st_mtime > _LITTER_AGE_S
 

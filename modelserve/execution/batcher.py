@@ -31,7 +31,7 @@ class _Call(Generic[In, Out]):
     __slots__ = ("deadline", "entered", "future", "items", "missing", "results", "taken")
 
     def __init__(
-        self, items: Sequence[In], deadline: float, entered: float, future: asyncio.Future[list[Out | Exception]]
+        self, items: Sequence[In], deadline: float, entered: float, future: asyncio.Future[Sequence[Out | Exception]]
     ) -> None:
         self.items = items
         self.deadline = deadline
@@ -39,14 +39,17 @@ class _Call(Generic[In, Out]):
         self.future = future
         self.taken = 0
         self.missing = len(items)
-        self.results: list[Out | Exception | None] = [None] * len(items)
+        self.results: list[Out | Exception | None] | None = None
 
     def settle(self, start: int, results: Sequence[Out | Exception]) -> None:
-        self.results[start : start + len(results)] = results
         self.missing -= len(results)
+        if len(results) < len(self.items):  # a part of a split call; the ordinary one is answered whole, by one batch
+            self.results = self.results or [None] * len(self.items)
+            self.results[start : start + len(results)] = results
+            results = self.results  # type: ignore[assignment]  # while none is missing, none is None
         # The caller may have gone or been told of its deadline: a resolver only ever says "if not done, set".
         if self.missing == 0 and not self.future.done():
-            self.future.set_result(self.results)  # type: ignore[arg-type]  # none is missing, so none is None
+            self.future.set_result(results)
 
     def expire(self) -> None:
         if not self.future.done():
@@ -97,7 +100,7 @@ class Batcher(Generic[In, Out]):
         self._idle.append(runner)
         self._wake()
 
-    def submit(self, items: Sequence[In], deadline: float) -> asyncio.Future[list[Out | Exception]]:
+    def submit(self, items: Sequence[In], deadline: float) -> asyncio.Future[Sequence[Out | Exception]]:
         """Queue one call; the future gives one result or exception per item, in order.
 
         The future itself fails with ``DeadlineExceeded`` once ``deadline`` has passed, run or not; cancelling it

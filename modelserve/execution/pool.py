@@ -38,7 +38,7 @@ class Pool:
         for replica in self._replicas:
             self._batcher.add(_runner(replica))
 
-    def submit(self, rows: Sequence[Row], deadline: float) -> asyncio.Future[list[Json | Exception]]:
+    def submit(self, rows: Sequence[Row], deadline: float) -> asyncio.Future[Sequence[Json | Exception]]:
         """Queue the rows of one request; see :meth:`Batcher.submit`."""
         return self._batcher.submit(rows, deadline)
 

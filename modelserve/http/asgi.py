@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from modelserve.http.api import MAX_BODY_BYTES, Api, clean_request_id
 from modelserve.http.messages import Request, Response
@@ -14,6 +14,9 @@ Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+_LENGTH_DIGITS: Final = 18  # enough to be too large; int() refuses thousands of them
 
 
 class _Disconnected(Exception):  # not an error: the client has left
@@ -40,7 +43,7 @@ class AsgiFace:
             raise TypeError(msg)
         self._server = server
         self._api = Api(server)
-        self._prefix = prefix.rstrip("/")
+        self._prefix = f"/{prefix.strip('/')}" if prefix.strip("/") else ""
         self._otherwise = otherwise
         self._max_body_bytes = max_body_bytes
 
@@ -63,14 +66,12 @@ class AsgiFace:
     def _locate(self, scope: Scope) -> tuple[str | None, str]:
         """Return the path below this mount (None: not ours), and where the mount is."""
         path, root = scope["path"], scope.get("root_path", "")
-        # A server or an outer mount may leave its root in front of the path (ASGI 3) or have cut it off.
-        if root and path.startswith(root):
-            path = path[len(root) :]
+        if root:
+            path = _below_root(path, root, scope.get("app_root_path", ""))
         if not self._prefix:
             return path, root
-        if path.startswith(self._prefix) and path[len(self._prefix) : len(self._prefix) + 1] in ("/", ""):
-            return path[len(self._prefix) :], root + self._prefix
-        return None, root
+        below = _below(self._prefix, path)
+        return below, root if below is None else root + self._prefix
 
     async def _answer(self, scope: Scope, path: str, root: str, receive: Receive, send: Send) -> None:
         content_type, request_id, length = _headers(scope)
@@ -128,6 +129,25 @@ class AsgiFace:
         await send({"type": "lifespan.shutdown.complete"})
 
 
+def _below(prefix: str, path: str) -> str | None:
+    """Return the rest of a path that lies under a prefix, None for one that does not: /mlops is not under /ml."""
+    if path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in {"/", ""}:
+        return path[len(prefix) :]
+    return None
+
+
+def _below_root(path: str, root: str, app_root: str) -> str:
+    """Cut off where this app is mounted.
+
+    A server or an outer mount leaves the root in front of the path (ASGI 3) or has cut it off. Behind a proxy that
+    cuts the app's own root off, only the part that Starlette's mounts added (beyond ``app_root_path``) is in front.
+    """
+    below = _below(root, path)
+    if below is None and app_root and root.startswith(app_root):
+        below = _below(root[len(app_root) :], path)
+    return path if below is None else below
+
+
 def _headers(scope: Scope) -> tuple[str, str | None, int]:
     content_type, request_id, length = "", None, 0
     for name, value in scope["headers"]:
@@ -136,7 +156,7 @@ def _headers(scope: Scope) -> tuple[str, str | None, int]:
         elif name == b"x-request-id":
             request_id = clean_request_id(value.decode("latin-1"))
         elif name == b"content-length" and value.isdigit():
-            length = int(value)
+            length = int(value[:_LENGTH_DIGITS])
     return content_type, request_id, length
 
 

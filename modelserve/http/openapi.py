@@ -14,6 +14,7 @@ from modelserve.types import Json
 _PROBLEMS: Final = {
     "400": "The body is not JSON",
     "404": "No such model",
+    "411": "The web server needs a Content-Length",
     "413": "The body is too large",
     "415": "The body is not application/json",
     "422": "The inputs do not fit the model's signature",
@@ -37,9 +38,9 @@ def openapi_document(server: AsyncModelServer, root: str) -> Json:
         except NotReady:
             continue
         name = status.model_name
-        schemas[f"{name}.inputs"] = inputs_schema(signature)
+        schemas[_component(name)] = inputs_schema(signature)
         paths[f"/predict/{name}"] = {"post": _predict(name)}
-        paths[f"/models/{name}"] = {"get": _get(f"Describe {name}", f"model-{name}")}
+        paths[f"/models/{name}"] = {"get": _get(f"Describe {name}", f"model-{name}", "404")}
     return {
         "openapi": "3.1.0",
         "info": {"title": "modelserve", "version": "1", "description": "Models served by this application."},
@@ -81,7 +82,7 @@ def _scalar_schema(field: Field) -> dict[str, Any]:
 
 
 def _predict(name: str) -> Json:
-    row = {"$ref": f"#/components/schemas/{name}.inputs"}
+    row = {"$ref": f"#/components/schemas/{_component(name)}"}
     one = _object({"inputs": row})
     many = _object({"instances": {"type": "array", "items": row, "minItems": 1}})
     return {
@@ -91,8 +92,14 @@ def _predict(name: str) -> Json:
         "responses": {
             "200": _json_response("The prediction", {"oneOf": [_answer("prediction"), _answer("predictions")]})
         }
-        | {code: _problem_response(text) for code, text in _PROBLEMS.items()},
+        | _problem_responses(*_PROBLEMS),
     }
+
+
+def _component(model_name: str) -> str:
+    """Name a model's schema. Components may not hold a plus: it is escaped, behind a first letter no model has."""
+    escaped = "_" + model_name.replace("_", "__").replace("+", "_p") if "+" in model_name else model_name
+    return f"{escaped}.inputs"
 
 
 def _answer(key: str) -> Json:
@@ -117,11 +124,11 @@ def _object(properties: dict[str, Json]) -> Json:
     }
 
 
-def _get(summary: str, operation: str) -> dict[str, Json]:
+def _get(summary: str, operation: str, *problems: str) -> dict[str, Json]:
     return {
         "summary": summary,
         "operationId": operation,
-        "responses": {"200": _json_response(summary, {"type": "object"})},
+        "responses": {"200": _json_response(summary, {"type": "object"})} | _problem_responses(*problems),
     }
 
 
@@ -129,9 +136,10 @@ def _json_response(description: str, schema: Json) -> Json:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
-def _problem_response(description: str) -> Json:
-    reference = {"$ref": "#/components/schemas/Problem"}
-    return {"description": description, "content": {"application/problem+json": {"schema": reference}}}
+def _problem_responses(*codes: str) -> dict[str, Json]:
+    schema = {"$ref": "#/components/schemas/Problem"}
+    content = {"application/problem+json": {"schema": schema}}
+    return {code: {"description": _PROBLEMS[code], "content": content} for code in codes}
 
 
 _READY: Final = {

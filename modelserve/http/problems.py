@@ -49,7 +49,7 @@ def problem_response(error: Exception, request_id: str | None = None) -> Respons
     status, kind, fixed = next((_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS), _UNEXPECTED)
     if status == 500:  # noqa: PLR2004
         _log.error("request %s failed: %s", request_id or "?", error, exc_info=error)
-    field = error.field if isinstance(error, errors.InvalidInput) else None
+    field = (error.field or None) if isinstance(error, errors.InvalidInput) else None
     headers = {"retry-after": str(math.ceil(error.retry_after))} if isinstance(error, errors.Overloaded) else {}
     return _response(status, kind, fixed or str(error), request_id, field=field, headers=headers)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from modelserve.http.api import MAX_BODY_BYTES, Api, clean_request_id
 from modelserve.http.messages import Request, Response
@@ -13,6 +15,8 @@ from modelserve.server import ModelServer
 
 Environ: TypeAlias = dict[str, Any]
 StartResponse: TypeAlias = Callable[..., Any]
+
+_LENGTH_DIGITS: Final = 18  # enough to be too large; int() refuses thousands of them
 
 
 class WsgiFace:
@@ -25,17 +29,26 @@ class WsgiFace:
         self._server = server
         self._api = Api(server.core)
         self._max_body_bytes = max_body_bytes
+        self._starting = threading.Lock()
+        self._started_in = 0
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one WSGI request."""
         request_id = clean_request_id(environ.get("HTTP_X_REQUEST_ID", ""))
         try:
-            if not self._server.started:
-                self._server.start()
+            if self._started_in != os.getpid():
+                self._start()
             response = self._server.call(self._api(self._request(environ, request_id)))
         except Exception as error:  # noqa: BLE001  # the outermost frame: what comes here becomes a response
             response = problem_response(error, request_id)
         return _send(start_response, response, head=environ["REQUEST_METHOD"] == "HEAD")
+
+    def _start(self) -> None:
+        """Start the server once per process. Requests that come meanwhile wait; one that was closed stays closed."""
+        with self._starting:
+            if self._started_in != os.getpid():
+                self._server.start()
+                self._started_in = os.getpid()
 
     def _request(self, environ: Environ, request_id: str | None) -> Request:
         return Request(
@@ -49,16 +62,30 @@ class WsgiFace:
 
     def _body(self, environ: Environ) -> bytes:
         declared = environ.get("CONTENT_LENGTH") or ""
-        chunked = bool(environ.get("wsgi.input_terminated")) or "HTTP_TRANSFER_ENCODING" in environ
-        if not declared.isdigit() and not chunked:
-            return b""
-        wanted = int(declared) if declared.isdigit() else self._max_body_bytes + 1
-        if wanted > self._max_body_bytes and declared:
-            raise self._too_large()
-        body: bytes = environ["wsgi.input"].read(wanted)
-        if len(body) > self._max_body_bytes:
-            raise self._too_large()
-        return body
+        if declared.isascii() and declared.isdigit():
+            size = int(declared[:_LENGTH_DIGITS])
+            if size > self._max_body_bytes:
+                raise self._too_large()
+            return self._read(environ, size)
+        if environ.get("wsgi.input_terminated"):
+            body = self._read(environ, self._max_body_bytes + 1)
+            if len(body) > self._max_body_bytes:
+                raise self._too_large()
+            return body
+        if "HTTP_TRANSFER_ENCODING" in environ:
+            # Whoever reads on here may wait for ever: this server does not say where a chunked body ends.
+            raise HttpProblem(411, "length-required", "this server takes bodies with a Content-Length only")
+        return b""
+
+    def _read(self, environ: Environ, size: int) -> bytes:
+        """Read ``size`` bytes, or up to the end if that comes first. A stream may give less than it is asked for."""
+        chunks = bytearray()
+        try:
+            while len(chunks) < size and (chunk := environ["wsgi.input"].read(size - len(chunks))):
+                chunks += chunk
+        except OSError as error:
+            raise HttpProblem(400, "unreadable-body", "the body could not be read to its end") from error
+        return bytes(chunks)
 
     def _too_large(self) -> HttpProblem:
         return HttpProblem(413, "content-too-large", f"the body is larger than {self._max_body_bytes} bytes")

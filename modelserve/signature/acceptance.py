@@ -17,6 +17,8 @@ from modelserve.types import Row
 
 Check: TypeAlias = Callable[[Sequence[Any]], bool]
 
+_NUMBERS: Final = frozenset({float, int})
+
 
 def picker(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], Row]:
     """Return what takes the values of ``names``, in their order, out of a mapping."""
@@ -50,23 +52,17 @@ def _picker_of(indices: list[int], size: int) -> Callable[[Row], Row]:
     return operator.itemgetter(*indices) if len(indices) < size else tuple
 
 
+def _double_block(values: Sequence[Any]) -> bool:
+    # One sum stands for every value: it is finite only if none is NaN or infinite. A sum of finite values that
+    # overflows is merely sent to the exact examination.
+    try:
+        return _NUMBERS.issuperset(map(type, values)) and math.isfinite(sum(values))
+    except OverflowError:
+        return False
+
+
 def _float_block(limit: float) -> Check:
-    numbers = {float, int}
-
-    def fits(values: Sequence[Any]) -> bool:
-        # One sum stands for every value: it is finite only if none is NaN or infinite. A sum of finite values
-        # that overflows is merely sent to the exact examination.
-        try:
-            return (
-                numbers.issuperset(map(type, values))
-                and math.isfinite(sum(values))
-                and -limit <= min(values)
-                and max(values) <= limit
-            )
-        except OverflowError:
-            return False
-
-    return fits
+    return lambda values: _double_block(values) and -limit <= min(values) and max(values) <= limit
 
 
 def _integer_block(low: int, high: int) -> Check:
@@ -84,6 +80,7 @@ def _string_block(values: Sequence[Any]) -> bool:
 
 BLOCK_CHECKS: Final[dict[str, Check]] = {
     **{name: _float_block(float(np.finfo(name).max)) for name in FLOATS},
+    "float64": _double_block,
     **{name: _integer_block(int(np.iinfo(name).min), int(np.iinfo(name).max)) for name in INTEGERS},
     "bool": _bool_block,
     "string": _string_block,

@@ -1,0 +1,187 @@
+"""The thread replica, and the pool on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modelserve.errors import DeadlineExceeded, InferenceFailed, LoadFailed, NotReady
+from modelserve.execution import thread
+from modelserve.execution.pool import Pool
+from modelserve.execution.thread import ThreadReplica
+from modelserve.signature import Field, Signature
+from modelserve.types import Columns, Row
+
+SIGNATURE = Signature([Field("x", "float64")])
+
+
+class Model:
+    """Doubles its input; does first what it is told to."""
+
+    def __init__(self, before: Callable[[Columns], None] = lambda _: None) -> None:
+        self.before = before
+        self.threads: set[int] = set()
+
+    def infer(self, columns: Columns) -> Columns:
+        self.threads.add(threading.get_ident())
+        self.before(columns)
+        return {"output": columns["x"] * 2}
+
+
+def rows(*values: float) -> Sequence[Row]:
+    return [(value,) for value in values]
+
+
+def pool_of(*models: Model, **options: Any) -> Pool:
+    supply = iter(models)
+    return Pool(
+        lambda: ThreadReplica(lambda: next(supply), SIGNATURE),
+        **{"replicas": len(models), "max_batch_size": 8, "queue_limit": 100} | options,
+    )
+
+
+def later(seconds: float = 30.0) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+async def test_a_replica_answers_in_its_own_thread(no_blocking: None) -> None:
+    """The model runs in the replica's thread, never on the loop."""
+    model = Model()
+    replica = ThreadReplica(lambda: model, SIGNATURE)
+    assert not replica.alive
+    await replica.start()
+    assert replica.alive
+    answer = await replica.infer(rows(1.0, 2.0))
+    assert np.array_equal(answer["output"], [2.0, 4.0])
+    assert model.threads.isdisjoint({threading.get_ident()})
+    await replica.stop()
+    await replica.stop()
+    assert not replica.alive
+    with pytest.raises(NotReady):
+        await replica.infer(rows(1.0))
+
+
+async def test_a_model_that_does_not_load_is_one_typed_error() -> None:
+    """Whatever loading raises becomes ``LoadFailed``, and no thread is left."""
+    before = threading.active_count()
+
+    def load() -> Model:
+        raise RuntimeError("no weights")
+
+    pool = Pool(lambda: ThreadReplica(load, SIGNATURE), replicas=2, max_batch_size=8, queue_limit=8)
+    with pytest.raises(LoadFailed, match="RuntimeError: no weights"):
+        await pool.start()
+    await asyncio.to_thread(_join_replicas)
+    assert threading.active_count() <= before + 1  # the executor's own thread, if it was not there before
+
+
+def _join_replicas() -> None:
+    for each in threading.enumerate():
+        if each.name.startswith("modelserve-replica"):
+            each.join(5)
+
+
+@pytest.mark.parametrize("raised", [ValueError("bad"), SystemExit(1), StopIteration(), KeyboardInterrupt()], ids=repr)
+async def test_whatever_a_model_raises_is_an_inference_failure(raised: BaseException) -> None:
+    """A model that raises, even to exit, fails its row and nothing else; the replica lives on."""
+
+    def misbehave(columns: Columns) -> None:
+        if columns["x"][0] == 0:
+            raise raised
+
+    pool = pool_of(Model(misbehave))
+    await pool.start()
+    (failure,) = await pool.submit(rows(0.0), later())
+    assert isinstance(failure, InferenceFailed)
+    assert type(raised).__name__ in str(failure)
+    assert await pool.submit(rows(1.0), later()) == [2.0]
+    await pool.stop()
+
+
+async def test_one_batch_at_a_time_per_replica() -> None:
+    """A replica never runs two batches at once, and two replicas run side by side."""
+    at_once, most = 0, 0
+    both = threading.Barrier(2)
+    lock = threading.Lock()
+
+    def watch(_: Columns) -> None:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        both.wait(5)  # broken, and so a failure, unless two replicas are in it together
+        with lock:
+            at_once -= 1
+
+    pool = pool_of(Model(watch), Model(watch), max_batch_size=1)
+    await pool.start()
+    answers = await asyncio.gather(*(pool.submit(rows(float(i)), later()) for i in range(10)))
+    assert answers == [[2.0 * i] for i in range(10)]
+    assert most == 2
+    await pool.stop()
+
+
+async def test_a_hanging_model_does_not_hold_its_callers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Callers are told at their deadline; stopping leaves the thread behind with a warning instead of hanging."""
+    release = threading.Event()
+    pool = pool_of(Model(lambda _: (release.wait(30), None)[1]))
+    await pool.start()
+    with pytest.raises(DeadlineExceeded):
+        await pool.submit(rows(1.0), later(0.05))
+    monkeypatch.setattr(thread, "_STOP_S", 0.01)
+    replica = pool._replicas[0]
+    with caplog.at_level(logging.WARNING):
+        await replica.stop()
+    assert "left behind" in caplog.text
+    release.set()
+    await pool.stop()
+
+
+async def test_a_stopped_pool_finishes_its_batch_and_refuses_the_rest() -> None:
+    """On stop the running batch is answered, and what waits gets ``NotReady``."""
+    started, release = threading.Event(), threading.Event()
+
+    def hold(_: Columns) -> None:
+        started.set()
+        release.wait(10)
+
+    pool = pool_of(Model(hold), max_batch_size=1)
+    await pool.start()
+    running = pool.submit(rows(1.0), later())
+    await asyncio.to_thread(started.wait, 10)
+    waiting = pool.submit(rows(2.0), later())
+    assert pool.queue_depth == 1
+    stopping = asyncio.create_task(pool.stop())
+    with pytest.raises(NotReady):
+        await waiting
+    release.set()
+    assert await running == [2.0]
+    await stopping
+    assert not pool.alive
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"output": np.zeros(3)}, {"output": np.float64(1)}, {"a": np.zeros(1), "b": np.zeros(2)}],
+    ids=["too many", "a scalar", "ragged"],
+)
+async def test_an_answer_that_does_not_match_its_rows_is_refused(answer: Columns) -> None:
+    """A model that answers another number of rows than it was asked gets nobody a wrong answer."""
+
+    class Lying(Model):
+        def infer(self, columns: Columns) -> Columns:
+            return answer
+
+    pool = pool_of(Lying())
+    await pool.start()
+    (failure,) = await pool.submit(rows(1.0), later())
+    assert isinstance(failure, InferenceFailed)
+    await pool.stop()

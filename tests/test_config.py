@@ -1,0 +1,70 @@
+"""Options from keyword arguments, a file and the environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from modelserve.config import AUTO_BATCH_SIZE, ModelOptions, Settings
+from modelserve.errors import ConfigError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A file with a few options."""
+    path = tmp_path / "modelserve.toml"
+    path.write_text('registry = "sqlite:///file.db"\npoll_s = 5\n[models.churn]\ntimeout_ms = 200\nreplicas = 2\n')
+    return path
+
+
+def test_the_defaults_need_nothing() -> None:
+    """Without file and environment everything has a default, and every production model is served."""
+    settings = Settings.load()
+    assert settings.registry == "sqlite:///models.db"
+    assert settings.models is None
+    assert ModelOptions().batch_rows == AUTO_BATCH_SIZE
+    assert ModelOptions(max_batch_size=8).batch_rows == 8
+
+
+def test_keywords_beat_the_environment_beats_the_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each source overrides the next, also inside a model's options."""
+    monkeypatch.setenv("MODELSERVE_POLL_S", "3")
+    monkeypatch.setenv("MODELSERVE_MODELS__CHURN__TIMEOUT_MS", "300")
+    settings = Settings.load(config, registry="sqlite:///keyword.db")
+    assert settings.registry == "sqlite:///keyword.db"
+    assert settings.poll_s == 3
+    assert settings.models is not None
+    assert (settings.models["churn"].timeout_ms, settings.models["churn"].replicas) == (300, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("poll_s = 0", "poll_s: "),
+        ("nonsense = 1", "nonsense: "),
+        ('[models.churn]\nexecutor = "magic"', "models.churn.executor: "),
+        ("[models.churn]\nunknown = 1", "models.churn.unknown: "),
+        ("not toml", "Expected"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, complaint: str) -> None:
+    """A wrong file is one ``ConfigError`` that names the option."""
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=complaint):
+        Settings.load(path)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    """A path that leads nowhere is not silently the defaults."""
+    with pytest.raises(ConfigError, match="no configuration file"):
+        Settings.load(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("options", [{"replicas": 0}, {"timeout_ms": 0}, {"max_batch_size": 0}, {"queue_limit": -1}])
+def test_options_have_bounds(options: dict[str, int]) -> None:
+    """Options outside their range are refused where they are written."""
+    with pytest.raises(ValidationError):
+        ModelOptions(**options)  # type: ignore[arg-type]

@@ -1,0 +1,67 @@
+"""The public names, pinned: a change here is a change for users."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import modelserve as ms
+
+NAMES = """
+ArtifactCorrupt ArtifactUnsafe AsyncModelServer BackendUnavailable ConfigError DeadlineExceeded Field InferenceFailed
+InvalidInput InvalidTransition LoadError MissingDependency ModelNotFound ModelOptions ModelServeError ModelServer
+ModelVersion NotReady Overloaded Prediction Registry Settings Signature VersionExists VersionNotFound __version__ asgi
+wsgi
+""".split()
+
+SIGNATURES = {
+    "Registry.register": "self model_name version model example signature framework method trusted format metrics tags "
+    "actor reason",
+    "Registry.promote": "self model_name version actor reason",
+    "Registry.rollback": "self model_name actor reason",
+    "Registry.archive": "self model_name version actor reason",
+    "Registry.get": "self model_name version",
+    "Registry.versions": "self model_name",
+    "Registry.production": "self model_name",
+    "Registry.history": "self model_name",
+    "AsyncModelServer": "registry models cache_dir cache_bytes poll_s",
+    "AsyncModelServer.predict": "self model_name inputs version timeout_ms request_id",
+    "AsyncModelServer.predict_many": "self model_name instances version timeout_ms request_id",
+    "ModelServer": "registry models options",
+    "ModelServer.predict": "self model_name inputs options",
+    "asgi": "server prefix otherwise max_body_bytes",
+    "wsgi": "server max_body_bytes",
+}
+
+
+def test_the_names_are_these() -> None:
+    """What ``from modelserve import *`` gives is what is listed here, and all of it can be had."""
+    assert sorted(ms.__all__) == sorted(NAMES)
+    assert all(getattr(ms, name) is not None for name in NAMES)
+    assert set(NAMES) <= set(dir(ms))
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_the_signatures_are_these(path: str) -> None:
+    """Parameter names are part of the interface."""
+    target: object = ms
+    for part in path.split("."):
+        target = getattr(target, part)
+    assert " ".join(inspect.signature(target).parameters) == SIGNATURES[path]  # type: ignore[arg-type]
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """Lazy names do not hide typing mistakes."""
+    with pytest.raises(AttributeError, match="no_such_name"):
+        ms.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("__")])
+def test_every_public_name_is_documented(name: str) -> None:
+    """Each public name has a docstring, and so has each public method of it."""
+    target = getattr(ms, name)
+    assert inspect.getdoc(target)
+    for method, value in vars(target).items() if inspect.isclass(target) else ():
+        if not method.startswith("_") and inspect.isfunction(value):
+            assert inspect.getdoc(value), method
