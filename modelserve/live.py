@@ -59,12 +59,17 @@ class Deployment:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """Where one model stands here. ``applied`` is the generation served, ``wanted`` the one last read."""
+    """Where one model stands here.
+
+    ``wanted`` and ``applied`` are generations: the one last read, and the one served. ``target`` is the version wanted
+    in production, ``production`` the one that answers; they differ while the former loads, or when it was refused.
+    """
 
     model_name: str
     ready: bool
     wanted: int
     applied: int
+    target: str | None
     production: str | None
     previous: str | None
     loading: str | None
@@ -129,7 +134,7 @@ class Live:
     def status(self) -> list[ModelStatus]:
         """Return the status of every model served here, by name."""
         served = sorted(self._keepers.items())
-        return [keeper.status() for _, keeper in served if self._models is not None or not keeper.idle]
+        return [keeper.status() for _, keeper in served if self._models is not None or keeper.target is not None]
 
     @property
     def problem(self) -> str | None:
@@ -222,8 +227,8 @@ class _Keeper:
         self._task = asyncio.create_task(self._keep(), name=f"modelserve-keeper-{model_name}")
         self.deployment: Deployment | None = None
         self.wanted = 0
-        self.idle = True
-        """Whether the registry has no production version to serve."""
+        self.target: str | None = None
+        """The version that the registry wants in production, as last read."""
         self.problem: str | None = None
         self.tried = asyncio.Event()
 
@@ -244,6 +249,7 @@ class _Keeper:
             ready=now is not None and now.production.pool.alive,
             wanted=self.wanted,
             applied=now.generation if now else 0,
+            target=self.target,
             production=now.production.meta.version if now else None,
             previous=now.previous.meta.version if now and now.previous else None,
             loading=self._loading[0].version if self._loading else None,
@@ -285,7 +291,7 @@ class _Keeper:
         if state.generation < self.wanted:
             return
         self.wanted = state.generation
-        self.idle = state.production is None
+        self.target = state.production.version if state.production else None
         self._take_in()
         if state.production is None:
             self.nothing_to_serve("no version of it is in production; promote one")

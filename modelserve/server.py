@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
@@ -124,12 +125,12 @@ class AsyncModelServer:
         ``where`` says how an ``InvalidInput`` names row ``i``: ``"instances[{}]"``, or ``""`` for no prefix.
         """
         live = self._live_now()
-        arrived = self._now()
+        arrived = perf_counter()
         request_id = request_id or self._new_id()
         with live[model_name].choose(version) as target:
             try:
                 rows = _validated(target, instances, where)
-                deadline = arrived + (target.timeout_s if timeout_ms is None else timeout_ms / 1000)
+                deadline = self._now() + (target.timeout_s if timeout_ms is None else timeout_ms / 1000)
                 values = _values(await target.pool.submit(rows, deadline))
             except Exception as error:
                 self._served(target, request_id, len(instances), arrived, error)
@@ -141,7 +142,7 @@ class AsyncModelServer:
         self, target: LoadedVersion, request_id: str, rows: int, arrived: float, error: Exception | None = None
     ) -> float:
         """Tell the observers; return the request's latency in milliseconds."""
-        latency_ms = int((self._now() - arrived) * 1_000_000) / 1000
+        latency_ms = int((perf_counter() - arrived) * 1_000_000) / 1000  # uvloop's time() ticks in milliseconds
         if self._observers:
             meta = target.meta
             self._observers.emit(Served(meta.model_name, meta.version, request_id, rows, latency_ms, error))
@@ -183,21 +184,28 @@ class AsyncModelServer:
         self._new_id = uuid7_source()
         self._sql = ThreadPoolExecutor(2, thread_name_prefix="modelserve-sql")
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load")
-        cache = await self._loop.run_in_executor(self._loads, self._open_cache)
-        loader = Loader(self.registry.artifacts, cache, self._loads)
-        self._live = Live(
-            self.registry, loader, self._sql, models=self._models, observers=self._observers, poll_s=self._poll_s
-        )
-        await self._live.start()
+        try:
+            loader = await self._loop.run_in_executor(self._loads, self._open_loader)
+            self._live = Live(
+                self.registry, loader, self._sql, models=self._models, observers=self._observers, poll_s=self._poll_s
+            )
+            await self._live.start()
+        except BaseException:
+            await self._release()
+            raise
 
     async def close(self) -> None:
         """Refuse new requests, answer the ones in flight, free everything. Safe to call twice."""
         if self._live is None or self._closing:
             return
         self._closing = True
-        await self._live.stop()
-        self._live = None
+        await self._release()
         self._closing = False
+
+    async def _release(self) -> None:
+        if self._live is not None:
+            await self._live.stop()
+            self._live = None
         self._sql.shutdown(wait=False)
         self._loads.shutdown(wait=False)
 
@@ -218,8 +226,9 @@ class AsyncModelServer:
             raise NotReady(f"the server is {problem}")
         return self._live
 
-    def _open_cache(self) -> DiskCache:
-        return DiskCache(self._cache_dir, max_bytes=self._cache_bytes)
+    def _open_loader(self) -> Loader:
+        cache = DiskCache(self._cache_dir, max_bytes=self._cache_bytes)
+        return Loader(self.registry.artifacts, cache, self._loads)
 
 
 class ModelServer:
@@ -229,8 +238,16 @@ class ModelServer:
     started server raises ``ForkedServer``.
     """
 
-    def __init__(self, registry: Registry, models: Mapping[str, ModelOptions] | None = None, **options: Any) -> None:
-        self.core = AsyncModelServer(registry, models, **options)
+    def __init__(
+        self,
+        registry: Registry,
+        models: Mapping[str, ModelOptions] | None = None,
+        *,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
+        poll_s: float = 1.0,
+    ) -> None:
+        self.core = AsyncModelServer(registry, models, cache_dir=cache_dir, cache_bytes=cache_bytes, poll_s=poll_s)
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -241,13 +258,33 @@ class ModelServer:
         """Build a server, registry included, from a TOML file, ``MODELSERVE_*`` and keyword arguments."""
         return cls(**_from_settings(Settings.load(path, **overrides)))
 
-    def predict(self, model_name: str, inputs: Mapping[str, Any], **options: Any) -> Prediction:
+    def predict(
+        self,
+        model_name: str,
+        inputs: Mapping[str, Any],
+        *,
+        version: str | None = None,
+        timeout_ms: float | None = None,
+        request_id: str | None = None,
+    ) -> Prediction:
         """Answer one row; options and errors as in :meth:`AsyncModelServer.predict`."""
-        return self.call(self.core.predict(model_name, inputs, **options))
+        return self.call(
+            self.core.predict(model_name, inputs, version=version, timeout_ms=timeout_ms, request_id=request_id)
+        )
 
-    def predict_many(self, model_name: str, instances: Sequence[Mapping[str, Any]], **options: Any) -> list[Prediction]:
+    def predict_many(
+        self,
+        model_name: str,
+        instances: Sequence[Mapping[str, Any]],
+        *,
+        version: str | None = None,
+        timeout_ms: float | None = None,
+        request_id: str | None = None,
+    ) -> list[Prediction]:
         """Answer several rows; options and errors as in :meth:`AsyncModelServer.predict_many`."""
-        return self.call(self.core.predict_many(model_name, instances, **options))
+        return self.call(
+            self.core.predict_many(model_name, instances, version=version, timeout_ms=timeout_ms, request_id=request_id)
+        )
 
     def status(self) -> list[ModelStatus]:
         """Return where each served model stands."""

@@ -86,10 +86,9 @@ def postgres() -> Iterator[PostgresServer]:
         options = ["-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions"]
         run_as(account, [programs / "initdb", "-D", data, *options], cwd=folder)
         port = _start_postgres(programs, data, account)
-        try:
+        stop: list[str | Path] = [programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop"]
+        with _run_at_the_end(account, stop, cwd=folder):
             yield PostgresServer(port)
-        finally:
-            run_as(account, [programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop"], cwd=folder)
 
 
 @contextlib.contextmanager
@@ -164,17 +163,36 @@ def _copy_for(account: Account, folder: Path, copy: Path) -> None:
 
 def run_as(account: Account, command: Sequence[str | Path], *, cwd: Path) -> None:
     """Run a command as ``account``; raise ``CalledProcessError`` with what it printed as a note."""
-    identity: dict[str, Any] = (
-        {} if account.is_ours else {"user": account.uid, "group": account.gid, "extra_groups": []}
-    )
     result = subprocess.run(
-        command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **identity
+        command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **_identity(account)
     )
     try:
         result.check_returncode()
     except subprocess.CalledProcessError as error:
         error.add_note(result.stdout + result.stderr)
         raise
+
+
+@contextlib.contextmanager
+def _run_at_the_end(account: Account, command: Sequence[str | Path], *, cwd: Path) -> Iterator[None]:
+    """Run ``command`` and remove ``cwd`` when the block ends or this process dies, by SIGKILL too.
+
+    A shell waits for the end of a pipe that only this process holds open.
+    """
+    script = 'cat; "$@"; cd / && rm -rf -- "$OLDPWD"'
+    with subprocess.Popen(
+        ["sh", "-c", script, "sh", *command],
+        cwd=cwd,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C ends the tests, and they end the server
+        **_identity(account),
+    ):
+        yield
+
+
+def _identity(account: Account) -> dict[str, Any]:
+    return {} if account.is_ours else {"user": account.uid, "group": account.gid, "extra_groups": []}
 
 
 def _bundled_postgres() -> Path | None:

@@ -25,6 +25,7 @@ from sybil.parsers.myst import CodeBlockParser
 import modelserve
 from modelserve import errors
 from modelserve.config import ModelOptions, Settings
+from modelserve.http import problems
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 30
@@ -178,6 +179,32 @@ def test_every_error_is_documented() -> None:
         assert name == (f"**`{error.__name__}`**" if public else f"`{error.__name__}`")
         assert parents == ", ".join(f"`{base.__name__}`" for base in error.__bases__)
         assert retryable == ("yes" if error.retryable else "no")
+
+
+def test_every_problem_is_documented() -> None:
+    """The table of problems has each status and type that the faces can answer, and no other."""
+    page = (ROOT / "docs" / "reference" / "http.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\| (\d{3}) \| `([a-z-]+)` \|", page, re.MULTILINE))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "modelserve" / "http").glob("*.py"))
+
+    raised = re.findall(r"HttpProblem\(\s*(\d{3}), \"([a-z-]+)\"", sources)
+    translated = [(str(status), kind) for status, kind, _ in [*problems._KINDS.values(), problems._UNEXPECTED]]
+    assert documented == {*raised, *translated}
+
+
+def test_every_room_is_in_the_picture() -> None:
+    """The picture of the rooms names each module of the library in its room, and nothing that is not there."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = page.partition("```text\n")[2].partition("```")[0]
+    rooms = re.split(r"^ ?(\w+(?:/|\.py)) ", picture, flags=re.MULTILINE)[1:]
+    drawn = dict(zip(rooms[::2], rooms[1::2], strict=True))
+    library = ROOT / "modelserve"
+
+    folders = {f"{path.parent.name}/": path.parent for path in library.glob("*/__init__.py")}
+    assert drawn.keys() == folders.keys() | {path.name for path in library.glob("[!_]*.py")}
+    for name, folder in folders.items():
+        for module in [*folder.glob("[!_]*.py"), *folder.glob("*/[!_]*.py")]:
+            assert re.search(rf"\b({module.stem}|{module.parent.name})\b", drawn[name]), module
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ def test_the_tree_in_the_docstring_is_the_tree_in_the_code() -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_every_error_says_when_it_happens(cls: type) -> None:
+def test_every_error_says_when_it_happens(cls: type[errors.ModelServeError]) -> None:
     """Each error has a docstring and knows whether a retry can help."""
     assert cls.__doc__
     assert isinstance(cls.retryable, bool)

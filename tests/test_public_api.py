@@ -8,12 +8,36 @@ import pytest
 
 import modelserve as ms
 
-NAMES = """
-ArtifactCorrupt ArtifactUnsafe AsyncModelServer BackendUnavailable ConfigError DeadlineExceeded Field InferenceFailed
-InvalidInput InvalidTransition LoadError MissingDependency ModelNotFound ModelOptions ModelServeError ModelServer
-ModelVersion NotReady Overloaded Prediction Registry Settings Signature VersionExists VersionNotFound __version__ asgi
-wsgi
-""".split()
+NAMES = [
+    "ArtifactCorrupt",
+    "ArtifactUnsafe",
+    "AsyncModelServer",
+    "BackendUnavailable",
+    "ConfigError",
+    "DeadlineExceeded",
+    "Field",
+    "InferenceFailed",
+    "InvalidInput",
+    "InvalidTransition",
+    "LoadError",
+    "MissingDependency",
+    "ModelNotFound",
+    "ModelOptions",
+    "ModelServeError",
+    "ModelServer",
+    "ModelVersion",
+    "NotReady",
+    "Overloaded",
+    "Prediction",
+    "Registry",
+    "Settings",
+    "Signature",
+    "VersionExists",
+    "VersionNotFound",
+    "__version__",
+    "asgi",
+    "wsgi",
+]
 
 SIGNATURES = {
     "Registry.register": "self model_name version model example signature framework method trusted format metrics tags "
@@ -28,8 +52,8 @@ SIGNATURES = {
     "AsyncModelServer": "registry models cache_dir cache_bytes poll_s",
     "AsyncModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "AsyncModelServer.predict_many": "self model_name instances version timeout_ms request_id",
-    "ModelServer": "registry models options",
-    "ModelServer.predict": "self model_name inputs options",
+    "ModelServer": "registry models cache_dir cache_bytes poll_s",
+    "ModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "asgi": "server prefix otherwise max_body_bytes",
     "wsgi": "server max_body_bytes",
 }

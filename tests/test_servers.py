@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -58,6 +60,21 @@ def test_postgres_stops_when_the_run_fails() -> None:
     assert not Path(row[0]).exists()
     with pytest.raises(psycopg.OperationalError):
         psycopg.connect(url)
+
+
+def test_postgres_stops_when_the_run_is_killed() -> None:
+    """Not even SIGKILL leaves a server behind."""
+    script = "from tests import servers\nwith servers.postgres() as s: print(s.url('postgres'), flush=True); input()"
+    root = Path(__file__).parent.parent
+    run = subprocess.Popen([sys.executable, "-c", script], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with run:
+        assert run.stdout is not None
+        url = run.stdout.readline().decode().strip().replace("+psycopg", "")
+        with psycopg.connect(url) as connection:
+            run.kill()
+            assert select.select([connection.fileno()], [], [], 30)[0]
+            with pytest.raises(psycopg.OperationalError):
+                connection.execute("SELECT 1")
 
 
 def test_s3_round_trip(s3_artifacts_url: servers.S3Artifacts) -> None:

@@ -158,6 +158,9 @@ def test_serving_changes_nothing_global(registry: ms.Registry, tmp_path: Path) -
         import modelserve as ms
         with ms.ModelServer(ms.Registry("sqlite:///{tmp_path}/models.db"), cache_dir="{tmp_path}/cache") as server:
             server.predict("m", {{"x": [1.0]}})
+        for thread in threading.enumerate():
+            if thread.name.startswith("modelserve"):
+                thread.join(10)  # told to end, and on its way
         after = state()
         print([name for name in before if before[name] != after[name]])
         """,

@@ -13,7 +13,7 @@ from modelserve.artifacts import files
 from modelserve.errors import ArtifactCorrupt, InvalidInput, LoadFailed
 from modelserve.types import Artifact
 
-_KEY: Final = re.compile(r"(blobs|manifests)/sha256/([0-9a-f]{64})")
+_KEY: Final = re.compile(r"(blobs|manifests)/sha256/[0-9a-f]{64}")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -38,15 +38,19 @@ def manifest_key(sha256: str) -> str:
     return f"manifests/sha256/{sha256}"
 
 
+def is_key(text: str) -> bool:
+    """Whether this is the key of a file or of a folder."""
+    return _KEY.fullmatch(text) is not None
+
+
 def digest_in(key: str) -> str:
     """Return the digest that a key ends with.
 
     Raises ``LoadFailed`` for what is no key; paths are made from keys alone.
     """
-    match = _KEY.fullmatch(key)
-    if match is None:
+    if not is_key(key):
         raise LoadFailed(f"{key[:100]!r} is no artifact key")
-    return match[2]
+    return key.rpartition("/")[2]
 
 
 def key_of(artifact: Artifact) -> str:

@@ -136,13 +136,14 @@ class DiskCache:
                 self._download(store, key, limit)
 
     def _download(self, store: ArtifactStore, key: str, limit: int) -> None:
-        """Try again what broke off or came out wrong. What did not begin, the store's driver already retried."""
+        """Try again what broke off or came out wrong. What never began, the store's driver already retried."""
         for attempt in range(1, _ATTEMPTS + 1):
             with files.draft(self._temp) as draft:
                 try:
                     self._receive(store, key, limit, draft)
                 except (BackendUnavailable, ArtifactCorrupt) as error:
-                    if draft.tell() == 0 or attempt == _ATTEMPTS:
+                    never_began = isinstance(error, BackendUnavailable) and draft.tell() == 0
+                    if never_began or attempt == _ATTEMPTS:
                         raise
                     _log.warning("attempt %d of %d: %s", attempt, _ATTEMPTS, error)
                 else:
@@ -162,7 +163,7 @@ class DiskCache:
         folder = self._folder / "quarantine"
         folder.mkdir(exist_ok=True)
         _log.error("%s does not hash to its name; it is set aside and fetched again", path)
-        with held:
+        with held, contextlib.suppress(FileNotFoundError):
             if files.names(path, held):  # else another process was faster
                 path.replace(folder / f"{time.time_ns():020}-{path.name}-{uuid.uuid4().hex[:8]}")
         for old in sorted(folder.iterdir())[:-_QUARANTINED]:
@@ -208,42 +209,45 @@ class DiskCache:
     # -- eviction ------------------------------------------------------------------------------------------
 
     def _evict(self) -> None:
-        """Remove what was used longest ago until ``max_bytes`` hold. A problem here is no problem of the fetch."""
+        """Remove what was used longest ago until ``max_bytes`` hold. What cannot be removed fails no fetch."""
         if self._max_bytes is None:
             return
-        try:
-            found = sorted(self._on_disk(), key=lambda each: each.last_use_ns)
-            excess = sum(each.size for each in found) - self._max_bytes
-            for each in found:
-                if excess <= 0:
-                    return
-                excess -= self._remove(each)
-        except OSError:
-            _log.exception("the artifact cache at %s could not be pruned", self._folder)
+        found = sorted(self._on_disk(), key=lambda each: each.last_use_ns)
+        excess = sum(each.size for each in found) - self._max_bytes
+        for each in found:
+            if excess <= 0:
+                return
+            if self._is_removed(each.key):
+                excess -= each.size
 
     def _on_disk(self) -> Iterator[_OnDisk]:
         for kind in ("manifests", "blobs"):
             for path in (self._folder / kind / "sha256").glob("*"):
+                key = f"{kind}/sha256/{path.name}"
                 with contextlib.suppress(FileNotFoundError):
-                    stat = path.stat()
-                    yield _OnDisk(f"{kind}/sha256/{path.name}", stat.st_size, stat.st_mtime_ns)
+                    if blob.is_key(key):
+                        yield _OnDisk(key, path.stat().st_size, path.stat().st_mtime_ns)
 
-    def _remove(self, each: _OnDisk) -> int:
-        """Remove one file unless it is in use; return the bytes that are gone."""
-        path = self._folder / each.key
-        with self._of_this_process().unless_used(each.key) as unused:
-            if not unused:
-                return 0
+    def _is_removed(self, key: str) -> bool:
+        """Remove a file unless it is in use. Afterwards it may be gone because another process removed it."""
+        with self._of_this_process().unless_used(key) as unused:
             try:
-                with files.claimed(path) as free:
-                    if not free or path.stat().st_nlink > 1:  # a tree still has the bytes of a blob with two names
-                        return 0
-                    if blob.is_manifest(each.key):
-                        self._remove_tree(self._tree_path(each.key))
-                    path.unlink()
+                return unused and self._is_removed_alone(key)
             except FileNotFoundError:
-                _log.debug("%s was removed by another process", path)
-        return each.size
+                return True
+            except OSError:
+                _log.exception("the artifact cache cannot remove %s", key)
+                return False
+
+    def _is_removed_alone(self, key: str) -> bool:
+        path = self._folder / key
+        with files.claim(path) as free:
+            if not free or path.stat().st_nlink > 1:  # a tree still has the bytes of a blob with two names
+                return False
+            if blob.is_manifest(key):
+                self._remove_tree(self._tree_path(key))
+            path.unlink()
+            return True
 
     def _of_this_process(self) -> _Process:
         """Return what this process knows. After a fork that is nothing: locks and leases were the parent's."""

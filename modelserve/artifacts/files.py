@@ -7,7 +7,6 @@ locks do nothing, two processes may do the same work twice.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -24,7 +23,8 @@ _CHUNK: Final = 1024 * 1024
 _DRAFT: Final = re.compile(r"\.(?P<host>.*)-(?P<pid>[0-9]+)-[0-9a-f]{32}\.draft")
 _TURN: Final = ".turn"
 _LITTER_AGE_S: Final = 3600.0
-_POLL_S: Final = 0.05
+_CLAIM_S: Final = 5.0  # far longer than anybody needs who removes a file
+_POLL_S: Final = 0.02
 
 
 def chunks_of(path: Path) -> Iterator[bytes]:
@@ -63,10 +63,10 @@ def digest_of(pieces: Iterable[bytes]) -> tuple[str, int]:
 @contextlib.contextmanager
 def draft(folder: Path) -> Iterator[IO[bytes]]:
     """Open a new file in ``folder`` under a name that nobody else uses; that name is gone at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = draft_path(folder)
+    _make_folder(folder)
+    path = _draft_path(folder)
     with path.open("xb") as file:
-        _lock_shared(file.fileno())
+        _lock(file.fileno(), fcntl.LOCK_SH)
         try:
             yield file
         finally:
@@ -76,17 +76,16 @@ def draft(folder: Path) -> Iterator[IO[bytes]]:
 @contextlib.contextmanager
 def draft_folder(folder: Path) -> Iterator[Path]:
     """Make a new folder in ``folder``, likewise."""
-    path = draft_path(folder)
-    path.mkdir(parents=True)
+    _make_folder(folder)
+    path = _draft_path(folder)
+    path.mkdir()
+    descriptor = os.open(path, os.O_RDONLY)
     try:
+        _lock(descriptor, fcntl.LOCK_SH)
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def draft_path(folder: Path) -> Path:
-    """Return a name in ``folder`` that nobody else uses, and that tells who writes there."""
-    return folder / f".{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex}.draft"
+        os.close(descriptor)
 
 
 def copy(pieces: Iterable[bytes], file: IO[bytes]) -> tuple[str, int]:
@@ -97,7 +96,7 @@ def copy(pieces: Iterable[bytes], file: IO[bytes]) -> tuple[str, int]:
 def replace(file: IO[bytes], target: Path) -> None:
     """Give a finished draft its final name, durably, in place of what has it now."""
     _make_durable(file)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     Path(file.name).replace(target)
     _sync_folder(target.parent)
 
@@ -109,13 +108,26 @@ def add(file: IO[bytes], target: Path) -> bool:
     """
     os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode) & ~0o222)
     _make_durable(file)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     try:
         os.link(file.name, target)
     except FileExistsError:
         return False
     _sync_folder(target.parent)
     return True
+
+
+def _draft_path(folder: Path) -> Path:
+    """Return a name that nobody else uses, and that tells who writes there."""
+    return folder / f".{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex}.draft"
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder that outlives a loss of power."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
 
 
 def _written(pieces: Iterable[bytes], file: IO[bytes]) -> Iterator[bytes]:
@@ -141,16 +153,16 @@ def _sync_folder(folder: Path) -> None:
 
 
 def hold(path: Path) -> IO[bytes] | None:
-    """Open a file so that it is not :func:`claimed` until it is closed; None when it is not there.
+    """Open a file so that nobody can claim it until it is closed; None when it is not there.
 
-    The operating system lets go when the process dies. The file is unbuffered: it has no lock that a fork could copy
-    in the locked state.
+    The operating system lets go when the process dies. The file is unbuffered: a buffer has a lock, which a fork could
+    copy in the locked state.
     """
     try:
         file = path.open("rb", buffering=0)
     except FileNotFoundError:
         return None
-    _lock_shared(file.fileno())
+    _lock(file.fileno(), fcntl.LOCK_SH, _CLAIM_S)
     if names(path, file):
         return file
     file.close()  # removed between opening and locking
@@ -166,11 +178,12 @@ def names(path: Path, file: IO[bytes]) -> bool:
 
 
 @contextlib.contextmanager
-def claimed(path: Path) -> Iterator[bool]:
+def claim(path: Path) -> Iterator[bool]:
     """Give whether nobody holds the file or folder; if so, nobody does until the end."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield _try_lock(descriptor)
+        with _alone(descriptor) as alone:
+            yield alone
     finally:
         os.close(descriptor)
 
@@ -178,28 +191,38 @@ def claimed(path: Path) -> Iterator[bool]:
 @contextlib.contextmanager
 def turn(folder: Path, name: str, patience_s: float) -> Iterator[None]:
     """Let one process after the other in, as far as locks work, but keep nobody waiting for longer than that."""
+    _make_folder(folder)
     path = folder / f".{name}{_TURN}"
-    deadline = time.monotonic() + patience_s
-    with path.open("ab") as file:
-        while not _try_lock(file.fileno()) and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
+    with path.open("ab") as file, _alone(file.fileno(), patience_s):
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
-def _lock_shared(descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # a filesystem without locks
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-
-
-def _try_lock(descriptor: int) -> bool:
+@contextlib.contextmanager
+def _alone(descriptor: int, patience_s: float = 0.0) -> Iterator[bool]:
+    """Lock exclusively. Closing would not unlock what a fork copied meanwhile, so that is said in so many words."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in {errno.EWOULDBLOCK, errno.EACCES}
-    return True
+        yield _lock(descriptor, fcntl.LOCK_EX, patience_s)
+    finally:
+        _lock(descriptor, fcntl.LOCK_UN)
+
+
+def _lock(descriptor: int, operation: int, patience_s: float = 0.0) -> bool:
+    """Return whether the lock was to be had in time. Where the filesystem has no locks, they are always to be had."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_S)
+        except OSError:
+            return True
+        else:
+            return True
 
 
 # -- litter ------------------------------------------------------------------------------------------------
@@ -208,7 +231,7 @@ def _try_lock(descriptor: int) -> bool:
 def sweep(folder: Path) -> None:
     """Remove what writers that died left behind."""
     for path in folder.glob(".*"):
-        with contextlib.suppress(OSError), claimed(path) as free:
+        with contextlib.suppress(OSError), claim(path) as free:
             if free and _is_abandoned(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -63,7 +63,7 @@ class ArtifactStore:
         self._put_data(data, blob.blob_key(sha256))
         return Artifact(key=blob.blob_key(sha256), sha256=sha256, size=size, format=format)
 
-    def read(self, key: str) -> Iterator[bytes]:
+    def read(self, key: str) -> Generator[bytes, None, None]:
         """Read an object piece by piece. The bytes are not to be believed before their digest was checked.
 
         Raises ``LoadFailed`` when there is no such object.

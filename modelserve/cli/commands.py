@@ -251,8 +251,7 @@ def predict(
         registry.version = version
         registry.production(name)  # what does not exist is told before anything is loaded
         served = {name: (settings.models or {}).get(name, ModelOptions())}
-        storage = {"cache_dir": settings.cache_dir, "cache_bytes": settings.cache_bytes}
-        with ModelServer(registry, served, **storage) as server:
+        with ModelServer(registry, served, cache_dir=settings.cache_dir, cache_bytes=settings.cache_bytes) as server:
             typer.echo(encode(_answer(server, name, rows)))
 
 

@@ -211,7 +211,7 @@ def _state(status: ModelStatus) -> str:
     """Say where a model stands in one word: reasons name paths and hosts, and stay in the log."""
     if status.ready:
         return "ready"
-    return "loading" if status.loading else "failed" if status.wanted and status.problem else "waiting"
+    return "loading" if status.loading else "failed" if status.target and status.problem else "waiting"
 
 
 def _version(version: ModelVersion) -> dict[str, Json]:

@@ -58,16 +58,18 @@ def _utc_now() -> dt.datetime:
 class Registry:
     """Versions of models and their way to production, in SQLite (``sqlite:///models.db``) or PostgreSQL.
 
-    ``artifacts`` is the fsspec URL of the folder that holds the models' bytes. ``now`` tells the time, aware.
+    ``artifacts`` says where the models' bytes are kept: an fsspec URL, or a store made with options of its own.
+    ``now`` tells the time, aware.
     Nothing is opened before first use, which creates the tables in an empty database. One registry may be used from
     many threads, and by processes forked after it was made. Every method may raise ``BackendUnavailable`` when the
     database does not answer and ``SchemaOutdated`` when its tables are of another release.
     """
 
-    def __init__(self, url: str, artifacts: str | None = None, *, now: Callable[[], dt.datetime] = _utc_now) -> None:
+    def __init__(
+        self, url: str, artifacts: str | ArtifactStore | None = None, *, now: Callable[[], dt.datetime] = _utc_now
+    ) -> None:
         self._database = Database(url)
-        self._artifacts_url = artifacts
-        self._artifacts: ArtifactStore | None = None
+        self._artifacts = artifacts
         self._now = now
         self._hints = Hints()
 
@@ -159,8 +161,8 @@ class Registry:
     @property
     def artifacts(self) -> ArtifactStore:
         """The store of the models' bytes. Without ``artifacts=`` it is a folder beside a SQLite file."""
-        if self._artifacts is None:
-            self._artifacts = ArtifactStore(self._artifacts_url or self._folder_beside_database())
+        if not isinstance(self._artifacts, ArtifactStore):
+            self._artifacts = ArtifactStore(self._artifacts or self._folder_beside_database())
         return self._artifacts
 
     def _folder_beside_database(self) -> str:

@@ -40,6 +40,8 @@ def acceptance(inputs: tuple[Field, ...]) -> Callable[[Row], bool]:
         if is_plain(field):
             blocks.setdefault(field.dtype, []).append(index)
     checks = [(_picker_of(indices, len(inputs)), BLOCK_CHECKS[dtype]) for dtype, indices in blocks.items()]
+    if not checks:
+        return lambda _: True
     if len(checks) == 1 and len(next(iter(blocks.values()))) == len(inputs):
         return checks[0][1]
     return lambda values: all(fits(pick(values)) for pick, fits in checks)
