@@ -44,7 +44,7 @@ _PATHS: Final = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Measured:
-    """One server in one round. Latencies are milliseconds, ``cpu_us`` the server's processor time per answer, in microseconds."""
+    """One server in one round. Latencies are milliseconds, ``cpu_us`` the server's microseconds of CPU per answer."""
 
     rate: float
     p50: float

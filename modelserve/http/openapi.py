@@ -34,12 +34,12 @@ def openapi_document(server: AsyncModelServer, root: str) -> Json:
     }
     for status in server.status():
         try:
-            signature = server.loaded(status.model_name).signature
+            loaded = server.loaded(status.model_name)
         except NotReady:
             continue
         name = status.model_name
-        schemas[_component(name)] = inputs_schema(signature)
-        paths[f"/predict/{name}"] = {"post": _predict(name)}
+        schemas[_component(name)] = inputs_schema(loaded.signature)
+        paths[f"/predict/{name}"] = {"post": _predict(name, loaded.options.queue_limit)}
         paths[f"/models/{name}"] = {"get": _get(f"Describe {name}", f"model-{name}", "404")}
     return {
         "openapi": "3.1.0",
@@ -81,10 +81,10 @@ def _scalar_schema(field: Field) -> dict[str, Any]:
     return {"type": "integer", "minimum": int(bounds.min), "maximum": int(bounds.max)}
 
 
-def _predict(name: str) -> Json:
+def _predict(name: str, most_rows: int) -> Json:
     row = {"$ref": f"#/components/schemas/{_component(name)}"}
     one = _object({"inputs": row})
-    many = _object({"instances": {"type": "array", "items": row, "minItems": 1}})
+    many = _object({"instances": {"type": "array", "items": row, "minItems": 1, "maxItems": most_rows}})
     return {
         "summary": f"Predict with {name}",
         "operationId": f"predict-{name}",

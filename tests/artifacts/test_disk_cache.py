@@ -6,16 +6,18 @@ import concurrent.futures
 import fcntl
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
 import tracemalloc
+from collections.abc import Iterable
 from pathlib import Path
 
 import orjson
 import pytest
 
-from modelserve.artifacts import ArtifactStore, DiskCache, default_cache_folder, disk_cache
+from modelserve.artifacts import ArtifactStore, DiskCache, default_cache_folder, files
 from modelserve.errors import ArtifactCorrupt, BackendUnavailable, LoadFailed
 from modelserve.types import Artifact
 from tests import servers
@@ -103,12 +105,25 @@ def test_a_file_is_hashed_once_in_a_process(
     """The first use of a process verifies what it found; the next ones rely on that."""
     artifact = put(store, b"hello")
     read(DiskCache(folder), store, artifact)
-    hashed = []
-    digest_of = disk_cache.files.digest_of
-    monkeypatch.setattr(disk_cache.files, "digest_of", lambda pieces: (hashed.append(1), digest_of(pieces))[1])
+    hashed, digest_of = [], files.digest_of
+
+    def counted(pieces: Iterable[bytes]) -> tuple[str, int]:
+        hashed.append(pieces)
+        return digest_of(pieces)
+
+    monkeypatch.setattr(files, "digest_of", counted)
     cache = DiskCache(folder)
     assert read(cache, store, artifact) == read(cache, store, artifact)
     assert len(hashed) == 1
+
+
+def test_a_file_put_in_place_of_a_verified_one_is_verified_again(store: CountingStore, folder: Path) -> None:
+    """Trust goes to the bytes that were hashed, not to the name they had."""
+    artifact, cache = put(store, b"hello"), DiskCache(folder)
+    read(cache, store, artifact)
+    (folder / "other").write_bytes(b"jello")
+    (folder / "other").replace(folder / artifact.key)
+    assert read(cache, store, artifact) == b"hello"
 
 
 def test_a_cache_that_was_deleted_fills_again(store: CountingStore, folder: Path, tmp_path: Path) -> None:
@@ -193,7 +208,7 @@ def test_a_bit_that_flipped_in_the_store_is_never_visible(store: CountingStore, 
     with pytest.raises(ArtifactCorrupt) as caught:
         DiskCache(folder).fetch(store, artifact)
     assert (caught.value.key, caught.value.expected) == (artifact.key, artifact.sha256)
-    assert caught.value.found == disk_cache.files.digest_of([Path(root, artifact.key).read_bytes()])[0]
+    assert caught.value.found == files.digest_of([Path(root, artifact.key).read_bytes()])[0]
     assert on_disk(folder) == set()
     assert litter(folder) == []
 
@@ -203,7 +218,7 @@ def test_a_file_of_a_folder_that_flipped_in_the_store_is_never_visible(
 ) -> None:
     """A folder is there as a whole or not at all."""
     artifact = store.put(model_folder(tmp_path), format="saved_model")
-    weights = disk_cache.files.digest_of([b"weights" * 1000])[0]
+    weights = files.digest_of([b"weights" * 1000])[0]
     flip(Path(root, "blobs", "sha256", weights))
     with pytest.raises(ArtifactCorrupt, match=weights):
         DiskCache(folder).fetch(store, artifact)
@@ -319,9 +334,9 @@ def test_a_hostile_manifest_writes_nothing(store: CountingStore, root: str, fold
     """A manifest that hashes to its name is still not trusted with paths."""
     file = put(store, b"hello")
     data = orjson.dumps([{"path": path, "sha256": file.sha256, "size": 5}])
-    sha256 = disk_cache.files.digest_of([data])[0]
+    sha256 = files.digest_of([data])[0]
     manifest = Path(root, "manifests", "sha256", sha256)
-    manifest.parent.mkdir()
+    manifest.parent.mkdir(parents=True)
     manifest.write_bytes(data)
     with pytest.raises(LoadFailed, match="no path inside it"):
         DiskCache(folder).fetch(store, artifact_of(sha256, key=f"manifests/sha256/{sha256}"))
@@ -356,6 +371,15 @@ def test_one_download_does_not_hold_up_another(root: str, store: CountingStore, 
         assert fetched.result(30) == b"hello"
 
 
+def let_all_go_on(running: list[subprocess.Popen[str]]) -> list[str]:
+    """Answer each before waiting for any: they may wait for each other."""
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return [process.communicate()[0] for process in running]
+
+
 @pytest.mark.parametrize("locks", ["with locks", "without locks"])
 def test_processes_killed_in_a_download_leave_nothing_behind(
     store: CountingStore, folder: Path, start: Start, locks: str
@@ -372,8 +396,8 @@ def test_processes_killed_in_a_download_leave_nothing_behind(
             victim.kill()
             victim.communicate()
             running.remove(victim)
-        answers = [each.communicate("go\n") for each in running]
-    assert [answer for answer, _ in answers] == [f"{artifact.sha256}\n"] * 4
+        answers = let_all_go_on(running)
+    assert answers == [f"{artifact.sha256}\n"] * 4
     left = DiskCache(folder)
     assert litter(folder) == []
     store.reads.clear()
@@ -388,7 +412,7 @@ def test_processes_in_turn_download_once(store: CountingStore, folder: Path, sta
     reports, report = os.pipe()
     running = [start("download", artifact, str(report), "with locks", pass_fds=(report,)) for _ in range(3)]
     os.close(report)
-    answers = [each.communicate("go\n")[0] for each in running]
+    answers = let_all_go_on(running)
     with open(reports, encoding="ascii") as lines:  # noqa: PTH123  # a pipe has no path
         assert len(lines.readlines()) == 1
     assert answers == [f"{artifact.sha256}\n"] * 3
@@ -489,11 +513,31 @@ def test_a_folder_goes_with_its_files_and_leaves_those_of_another(
     cache = DiskCache(folder, max_bytes=7100)
     for artifact in (first, second):
         cache.fetch(store, artifact).release()
-    assert on_disk(folder) == {second.sha256, disk_cache.files.digest_of([b"graph"])[0]}
+    assert on_disk(folder) == {second.sha256, files.digest_of([b"graph"])[0]}
     with cache.fetch(store, second) as lease:
         assert tree(lease.path) == {"saved_model.pb": b"graph"}
     with cache.fetch(store, first) as lease:
         assert tree(lease.path) == tree(one)
+
+
+def test_caches_that_evict_each_others_files_serve_the_right_bytes(
+    store: CountingStore, folder: Path, tmp_path: Path
+) -> None:
+    """Under constant eviction by others, what is leased is there, whole, until it is released."""
+    model = model_folder(tmp_path)
+    artifacts = [put(store, b"one"), store.put(model, format="a"), put(store, b"graph")]
+    expected = [b"one", tree(model), b"graph"]
+
+    def fetch_all() -> None:
+        cache = DiskCache(folder, max_bytes=1)
+        for artifact, content in [*zip(artifacts, expected, strict=True)] * 20:
+            with cache.fetch(store, artifact) as lease:
+                assert (tree(lease.path) if lease.path.is_dir() else lease.path.read_bytes()) == content
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for each in [pool.submit(fetch_all) for _ in range(4)]:
+            each.result()
+    assert litter(folder) == []
 
 
 def test_what_is_not_ours_is_not_evicted(store: CountingStore, folder: Path) -> None:
@@ -517,12 +561,9 @@ def test_what_cannot_be_removed_fails_no_fetch(
     def denied(_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    second = put(store, b"second")
-    with cache.fetch(store, second) as lease, monkeypatch.context() as patch:
-        patch.setattr(disk_cache.files, "claim", denied)
-        lease.release()
-        assert read(cache, store, second) == b"second"
-    assert "cannot remove" in caplog.text
+    monkeypatch.setattr(files, "claim", denied)
+    assert read(cache, store, put(store, b"second")) == b"second"
+    assert f"cannot remove {first.key}" in caplog.text
 
 
 # -- the disk ----------------------------------------------------------------------------------------------

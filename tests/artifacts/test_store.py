@@ -154,9 +154,9 @@ def test_a_put_that_fails_leaves_nothing(
     (tmp_path / "model").write_bytes(b"hello")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", _no_space)
-        for source in (lambda: store.put(tmp_path / "model", format="raw"), lambda: put(store, b"hello")):
+        for attempt in ("file", "bytes"):
             with pytest.raises(BackendUnavailable, match="artifact store"):
-                source()
+                store.put(tmp_path / "model", format="raw") if attempt == "file" else put(store, b"hello")
     assert [path for path in Path(root).rglob("*") if path.is_file()] == []
 
 

@@ -1,0 +1,35 @@
+"""What models under test are made of. A saved model refers to these by name, so they live in a module of their own."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+RELEASED = threading.Event()
+RELEASED.set()
+SECRET = "/secret/models/churn.skops of postgresql://admin:password@db.internal:5432/models"  # noqa: S105  # it is none
+
+
+def fail_below_zero(x: Any) -> Any:
+    """Return ``x``; fail on a negative element, with a message that no client may read."""
+    if (x < 0).any():
+        raise FileNotFoundError(SECRET)
+    return x
+
+
+def wait_until_released(x: Any) -> Any:
+    """Return ``x`` once a test lets it."""
+    assert RELEASED.wait(30)
+    return x
+
+
+def lose_a_row(x: Any) -> Any:
+    """Return one row less than it was given, unless that leaves none to lose."""
+    return x if (x >= 0).all() else x[1:]
+
+
+def answer_bytes(x: Any) -> Any:
+    """Return what has no JSON form where an element is negative."""
+    return x if (x >= 0).all() else np.array([b"bytes"] * len(x), dtype=object)
