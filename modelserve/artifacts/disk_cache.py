@@ -188,14 +188,16 @@ class DiskCache:
             os.link(self._folder / key, target)
 
     def _put_tree(self, draft: Path, tree: Path, entries: Sequence[blob.Entry]) -> None:
+        """Give the draft its final name. A folder that has it is removed only if it is not the same: others use it."""
         tree.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(_ROUNDS):
-            if _same_tree(tree, draft, entries):
-                return
-            self._remove_tree(tree)
-            with contextlib.suppress(OSError):  # another process put its own there in between
-                draft.rename(tree)
-                return
+        with files.turn(self._temp, f"trees-{tree.name}", _PATIENCE_S):
+            for _ in range(_ROUNDS):
+                with contextlib.suppress(OSError):  # no folder takes the name of another that has something in it
+                    draft.rename(tree)
+                    return
+                if _same_tree(tree, draft, entries):
+                    return
+                self._remove_tree(tree)
         raise BackendUnavailable(_BACKEND, f"{tree} cannot be put in place")
 
     def _remove_tree(self, tree: Path) -> None:

@@ -530,7 +530,7 @@ def test_caches_that_evict_each_others_files_serve_the_right_bytes(
 
     def fetch_all() -> None:
         cache = DiskCache(folder, max_bytes=1)
-        for artifact, content in [*zip(artifacts, expected, strict=True)] * 20:
+        for artifact, content in [*zip(artifacts, expected, strict=True)] * 40:
             with cache.fetch(store, artifact) as lease:
                 assert (tree(lease.path) if lease.path.is_dir() else lease.path.read_bytes()) == content
 

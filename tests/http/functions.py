@@ -9,7 +9,7 @@ import numpy as np
 
 RELEASED = threading.Event()
 RELEASED.set()
-SECRET = "/secret/models/churn.skops of postgresql://admin:password@db.internal:5432/models"  # noqa: S105  # it is none
+SECRET = "/secret/models/churn.skops of postgresql://admin:password@db.internal:5432/models"
 
 
 def fail_below_zero(x: Any) -> Any:
