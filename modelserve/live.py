@@ -164,7 +164,7 @@ class Live:
             return
         self._problem = None
         for name, generation in generations.items():
-            if (self._models is None or name in self._models) and self._keep(name).wanted != generation:
+            if (self._models is None or name in self._models) and self._keep(name).reached != generation:
                 self._keep(name).look()
         for name, keeper in self._keepers.items():
             if name not in generations:
@@ -227,6 +227,8 @@ class _Keeper:
         self._task = asyncio.create_task(self._keep(), name=f"modelserve-keeper-{model_name}")
         self.deployment: Deployment | None = None
         self.wanted = 0
+        self.reached = 0
+        """The last generation at which all was as wanted. Until it is the newest, every poll asks for a step."""
         self.target: str | None = None
         """The version that the registry wants in production, as last read."""
         self.problem: str | None = None
@@ -295,6 +297,7 @@ class _Keeper:
         self._take_in()
         if state.production is None:
             self.nothing_to_serve("no version of it is in production; promote one")
+            self.reached = state.generation
         elif state.production.id in self._loaded:
             self._swap(state, self._loaded[state.production.id])
         else:
@@ -355,6 +358,7 @@ class _Keeper:
         previous = self._loaded.get(state.previous.id) if state.previous and self._options.keep_previous else None
         before, self.deployment = self.deployment, Deployment(self._model_name, state.generation, production, previous)
         self.problem = None
+        self.reached = state.generation
         self.tried.set()
         if before is None or before.production is not production:
             self._observers.emit(VersionLoaded(self._model_name, production.meta.version, state.generation))

@@ -402,6 +402,24 @@ def test_a_start_without_registry_comes_up_not_ready_and_heals() -> None:
     run(scenario, models={"m": ModelOptions()})
 
 
+def test_a_load_that_ends_while_the_registry_is_down_is_taken_in_afterwards() -> None:
+    """The state is read again after a load; if that fails, later polls make up for it."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.promote(2)
+        await world.hint()
+        world.registry.down = True
+        await asyncio.sleep(0.5)
+        assert world.loader.alive == [1, 2]
+        world.registry.down = False
+        await asyncio.sleep(1.5)
+        assert world.serving == "2"
+
+    run(scenario)
+
+
 def test_models_that_are_not_configured_are_not_served() -> None:
     """With an explicit list, other models of the registry are unknown here."""
 
@@ -466,7 +484,7 @@ ACTIONS = ["promote", "hint", "touch", "down", "up", "break", "heal", "slow", "f
 
 
 @pytest.mark.promise("P4")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(1, 4), st.integers(0, 40)), max_size=30))
 def test_whatever_happens_it_converges_and_never_goes_back(steps: list[tuple[str, int, int]]) -> None:
     """Under any order of promotions, hints, outages, slow and failing loads, it ends as wanted.

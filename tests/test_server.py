@@ -182,6 +182,7 @@ async def test_a_flipped_byte_in_the_cache_is_set_aside_and_fetched_again(
     async with ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache"):
         pass
     blob = tmp_path / "cache" / artifact.key
+    blob.chmod(0o644)
     blob.write_bytes(b"!" + blob.read_bytes()[1:])
     async with ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache") as server:
         assert tells((await server.predict("m", {"x": [3.0]})).prediction, 3) == 1

@@ -406,17 +406,33 @@ def test_processes_killed_in_a_download_leave_nothing_behind(
     assert on_disk(folder) == {artifact.sha256}
 
 
-def test_processes_in_turn_download_once(store: CountingStore, folder: Path, start: Start) -> None:
-    """Where locks work, a cold start of several processes costs one download."""
-    artifact = put(store, os.urandom(1_000_001))
-    reports, report = os.pipe()
-    running = [start("download", artifact, str(report), "with locks", pass_fds=(report,)) for _ in range(3)]
-    os.close(report)
-    answers = let_all_go_on(running)
-    with open(reports, encoding="ascii") as lines:  # noqa: PTH123  # a pipe has no path
-        assert len(lines.readlines()) == 1
-    assert answers == [f"{artifact.sha256}\n"] * 3
-    assert litter(folder) == []
+def test_processes_download_one_after_the_other(
+    root: str, store: CountingStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where locks work, whoever waited for another's download uses it. Two caches are to each other as two processes."""
+    slow, artifact, waits = WaitingStore(root), put(store, b"hello"), threading.Event()
+    monkeypatch.setattr(time, "sleep", lambda _: waits.set())
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(read, DiskCache(folder), slow, artifact)
+        assert slow.is_half_way.wait(30)
+        second = pool.submit(read, DiskCache(folder), store, artifact)
+        assert waits.wait(30)
+        slow.may_go_on.set()
+        assert (first.result(30), second.result(30)) == (b"hello", b"hello")
+    assert store.reads == []
+
+
+def test_one_process_does_not_set_aside_what_another_made_good(store: CountingStore, folder: Path) -> None:
+    """Two processes that find the same damage replace it once."""
+    artifact, cache = put(store, b"hello"), DiskCache(folder)
+    read(cache, store, artifact)
+    flip(folder / artifact.key)
+    found = files.hold(folder / artifact.key)
+    assert found is not None
+    assert read(DiskCache(folder), store, artifact) == b"hello"
+    cache._quarantine(folder / artifact.key, found)
+    assert (folder / artifact.key).read_bytes() == b"hello"
+    assert len(list((folder / "quarantine").iterdir())) == 1
 
 
 def test_a_cache_copied_by_fork_works(store: CountingStore, start: Start) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -25,6 +28,23 @@ def test_a_draft_takes_its_name_whole(tmp_path: Path) -> None:
         files.replace(draft, target)
     assert [path.name for path in target.parent.iterdir()] == ["target"]
     assert target.read_bytes() == b"hello"
+
+
+@pytest.mark.parametrize("finish", [files.replace, files.add])
+def test_bytes_are_on_the_disk_before_they_have_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finish: Callable[[IO[bytes], Path], object]
+) -> None:
+    """A loss of power leaves the whole file or none: first the bytes are durable, then the name, then its folder."""
+    target, synced = tmp_path / "target", []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(("file" if stat.S_ISREG(os.fstat(descriptor).st_mode) else "folder", target.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with files.draft(tmp_path) as draft:
+        files.copy([b"hello"], draft)
+        finish(draft, target)
+    assert synced == [("file", False), ("folder", True)]
 
 
 def test_a_draft_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -84,6 +104,26 @@ def test_a_claimant_that_hangs_keeps_nobody(tmp_path: Path, monkeypatch: pytest.
         held = files.hold(path)
         assert held is not None
         held.close()
+
+
+def test_a_claim_ends_even_if_a_fork_copied_it(tmp_path: Path) -> None:
+    """A child that happens to be forked during a claim does not carry it on."""
+    path = tmp_path / "file"
+    path.touch()
+    reading, writing = os.pipe()
+    with files.claim(path):
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+    try:
+        with files.claim(path) as free:
+            assert free
+    finally:
+        os.close(reading)
+        os.close(writing)
+        os.waitpid(child, 0)
 
 
 def test_a_turn_is_waited_for_but_not_for_ever(tmp_path: Path) -> None:

@@ -120,6 +120,15 @@ def test_threads_read_one_object(any_store: ArtifactStore) -> None:
     assert all(each == data for each in found)
 
 
+def test_readers_have_places_of_their_own(any_store: ArtifactStore) -> None:
+    """Whoever begins to read an object does not move another who is in the middle of it."""
+    data = os.urandom(3_000_000)
+    artifact = put(any_store, data)
+    first, second = any_store.read(artifact.key), any_store.read(artifact.key)
+    begun = next(first), next(second)
+    assert [begun[0] + b"".join(first), begun[1] + b"".join(second)] == [data, data]
+
+
 def test_a_forked_child_uses_the_store(any_store: ArtifactStore) -> None:
     """Connections of the parent are not used by a child, nor closed by it."""
     artifact = put(any_store, b"x")

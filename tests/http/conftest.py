@@ -91,9 +91,17 @@ def registry(subjects: dict[str, Subject], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def server(registry: ms.Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ms.ModelServer]:
+def options(subjects: dict[str, Subject]) -> dict[str, ms.ModelOptions]:
+    """Options under which no answer is late, however slow the machine."""
+    return dict.fromkeys(subjects, ms.ModelOptions(timeout_ms=30_000))
+
+
+@pytest.fixture(scope="session")
+def server(
+    registry: ms.Registry, options: dict[str, ms.ModelOptions], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ms.ModelServer]:
     """A started server; its core is what the ASGI face serves."""
-    with ms.ModelServer(registry, cache_dir=tmp_path_factory.mktemp("cache"), poll_s=3600) as server:
+    with ms.ModelServer(registry, options, cache_dir=tmp_path_factory.mktemp("cache"), poll_s=3600) as server:
         assert server.ready
         yield server
 

@@ -10,7 +10,7 @@ import math
 import re
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -21,6 +21,7 @@ import modelserve as ms
 from modelserve import errors
 
 App: TypeAlias = Callable[..., Awaitable[None]]
+Message: TypeAlias = MutableMapping[str, Any]
 Headers: TypeAlias = Sequence[tuple[str, str]]
 
 JSON = ("content-type", "application/json")
@@ -109,16 +110,16 @@ class Messages:
         self._chunks = list(chunks)
         self._disconnect = disconnect
         self.received = 0
-        self.sent: list[dict[str, Any]] = []
+        self.sent: list[Message] = []
 
-    async def receive(self) -> dict[str, Any]:
+    async def receive(self) -> Message:
         self.received += 1
         if not self._chunks:
             return {"type": "http.disconnect"}
         chunk = self._chunks.pop(0)
         return {"type": "http.request", "body": chunk, "more_body": bool(self._chunks) or self._disconnect}
 
-    async def send(self, message: dict[str, Any]) -> None:
+    async def send(self, message: Message) -> None:
         self.sent.append(message)
 
     def answer(self) -> Answer:
@@ -294,7 +295,7 @@ def head_of(path: str, *headers: str, method: str = "POST") -> bytes:
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
 
 
-def read_answer(conn: socket.socket) -> Answer | None:
+def read_answer(conn: socket.socket, *, to_head: bool = False) -> Answer | None:
     """Read one response; None if the server has closed the connection without one."""
     with conn.makefile("rb") as stream:
         try:
@@ -307,7 +308,8 @@ def read_answer(conn: socket.socket) -> Answer | None:
         while (line := stream.readline().rstrip()) != b"":
             name, _, value = line.decode("latin-1").partition(":")
             headers[name.lower()] = value.strip()
-        return Answer(int(status_line.split()[1]), headers, stream.read(int(headers.get("content-length", 0))))
+        body = b"" if to_head else stream.read(int(headers.get("content-length", 0)))
+        return Answer(int(status_line.split()[1]), headers, body)
 
 
 def socket_caller(address: tuple[str, int]) -> Caller:
@@ -317,7 +319,7 @@ def socket_caller(address: tuple[str, int]) -> Caller:
         lines = [f"{name}: {value}" for name, value in headers if name != "content-type"]
         with connection(address) as conn:
             conn.sendall(head_of(path, *lines, f"Content-Length: {len(body)}", method=method) + body)
-            answer = read_answer(conn)
+            answer = read_answer(conn, to_head=method == "HEAD")
         assert answer is not None
         return answer
 

@@ -63,9 +63,9 @@ def odd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ms.ModelSer
             registry.register(name, "1", model, example=example, method=method, trusted=trusted)
             if name != "staged":
                 registry.promote(name, "1")
-        options = {name: ms.ModelOptions() for name in models} | {
+        options = dict.fromkeys(models, ms.ModelOptions(timeout_ms=30_000)) | {
             "slow": ms.ModelOptions(timeout_ms=50, queue_limit=1, max_batch_size=1),
-            "small": ms.ModelOptions(queue_limit=2),
+            "small": ms.ModelOptions(timeout_ms=30_000, queue_limit=2),
         }
         with ms.ModelServer(registry, options, cache_dir=folder / "cache", poll_s=3600) as server:
             yield server

@@ -21,6 +21,7 @@ from tests.http.driver import (
     Answer,
     App,
     Caller,
+    Message,
     Messages,
     Subject,
     asgi_caller,
@@ -31,6 +32,12 @@ from tests.http.driver import (
 )
 
 GOOD = b'{"inputs": {"x": [0.5, -1.5, 2, 0.25]}}'
+
+
+@pytest.fixture
+def unstarted(registry: ms.Registry, options: dict[str, ms.ModelOptions], tmp_path: Path) -> ms.AsyncModelServer:
+    """A server for whoever starts and stops it."""
+    return ms.AsyncModelServer(registry, options, cache_dir=tmp_path / "cache", poll_s=3600)
 
 
 async def hello(_: Request) -> PlainTextResponse:
@@ -65,7 +72,7 @@ class Lifespan(Messages):
         super().__init__([])
         self._said = iter(("lifespan.startup", "lifespan.shutdown"))
 
-    async def receive(self) -> dict[str, Any]:
+    async def receive(self) -> Message:
         return {"type": next(self._said)}
 
     @property
@@ -76,30 +83,26 @@ class Lifespan(Messages):
 # -- by itself ---------------------------------------------------------------------------------------------
 
 
-def test_by_itself_it_starts_and_stops_its_server(
-    registry: ms.Registry, tmp_path: Path, subjects: dict[str, Subject]
-) -> None:
+def test_by_itself_it_starts_and_stops_its_server(unstarted: ms.AsyncModelServer, subjects: dict[str, Subject]) -> None:
     """Under uvicorn alone the app is complete: ready when uvicorn is up, closed when it is down."""
-    server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache", poll_s=3600)
-    with uvicorn_serving(ms.asgi(server)) as address:
-        assert server.ready
+    with uvicorn_serving(ms.asgi(unstarted)) as address:
+        assert unstarted.ready
         for subject in subjects.values():
             subject.check_serves(socket_caller(address))
         head = socket_caller(address)("HEAD", "/models/c++_1.0-b")
         assert head.status == 200
-    assert not server.ready
+    assert not unstarted.ready
 
 
-async def test_the_lifespan_is_answered_step_by_step(registry: ms.Registry, tmp_path: Path) -> None:
+async def test_the_lifespan_is_answered_step_by_step(unstarted: ms.AsyncModelServer) -> None:
     """Startup is complete when the models are loaded, shutdown when they are freed."""
-    server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache", poll_s=3600)
     lifespan, ready = Lifespan(), []
 
-    async def send(message: dict[str, Any]) -> None:
-        ready.append(server.ready)
+    async def send(message: Message) -> None:
+        ready.append(unstarted.ready)
         await lifespan.send(message)
 
-    await ms.asgi(server)({"type": "lifespan"}, lifespan.receive, send)
+    await ms.asgi(unstarted)({"type": "lifespan"}, lifespan.receive, send)
     assert lifespan.heard == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     assert ready == [True, False]
 
@@ -188,39 +191,37 @@ def test_the_root_may_be_in_the_path_or_cut_off(server: ms.ModelServer, scope: d
         assert at(server, app, **described).json()["servers"] == [{"url": root}]
 
 
-@pytest.mark.parametrize("sent", ["/ml/models", "/api/ml/models"])
-def test_mounted_in_a_host_behind_a_proxy(server: ms.ModelServer, sent: str) -> None:
-    """FastAPI's root_path works whether or not the proxy cuts its prefix off."""
-    app = FastAPI(root_path="/api")
+@pytest.mark.parametrize("sent", ["/ml", "/api/ml"])
+@pytest.mark.parametrize("host", [Starlette, FastAPI])
+def test_mounted_in_a_host_behind_a_proxy(server: ms.ModelServer, sent: str, host: Callable[[], Any]) -> None:
+    """A host with a root path of its own works whether or not the proxy has cut it off."""
+    app = host()
     app.mount("/ml", ms.asgi(server.core))
-    call = asgi_caller(server, app)
-    assert call("GET", sent).status == 200
-    assert call("GET", sent.replace("models", "openapi.json")).json()["servers"] == [{"url": "/api/ml"}]
+    assert len(at(server, app, f"{sent}/models", root_path="/api").json()["models"]) == 4
+    assert at(server, app, f"{sent}/openapi.json", root_path="/api").json()["servers"] == [{"url": "/api/ml"}]
 
 
-def test_behind_uvicorns_root_path(registry: ms.Registry, tmp_path: Path, subjects: dict[str, Subject]) -> None:
+def test_behind_uvicorns_root_path(unstarted: ms.AsyncModelServer, subjects: dict[str, Subject]) -> None:
     """Uvicorn puts its root in front of every path."""
-    app = ms.asgi(ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache", poll_s=3600))
-    with uvicorn_serving(app, root_path="/api") as address:
+    with uvicorn_serving(ms.asgi(unstarted), root_path="/api") as address:
         subjects["trees"].check_serves(socket_caller(address))
         assert socket_caller(address)("GET", "/openapi.json").json()["servers"] == [{"url": "/api"}]
 
 
-async def test_mounted_the_hosts_lifespan_starts_the_server(registry: ms.Registry, tmp_path: Path) -> None:
+async def test_mounted_the_hosts_lifespan_starts_the_server(unstarted: ms.AsyncModelServer) -> None:
     """A host that enters the server in its lifespan serves from its startup to its shutdown."""
-    server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache", poll_s=3600)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
-        async with server:
+        async with unstarted:
             yield
 
     app = FastAPI(lifespan=lifespan)
-    app.mount("/ml", ms.asgi(server))
+    app.mount("/ml", ms.asgi(unstarted))
     messages, ready = Lifespan(), []
 
-    async def send(message: dict[str, Any]) -> None:
-        ready.append(server.ready)
+    async def send(message: Message) -> None:
+        ready.append(unstarted.ready)
         await messages.send(message)
 
     await app({"type": "lifespan", "app": app, "state": {}}, messages.receive, send)
@@ -254,9 +255,8 @@ def test_in_front_of_a_host_under_a_root(server: ms.ModelServer) -> None:
     assert at(server, app, "/api/mlops", root_path="/api").body == b"the host"
 
 
-async def test_in_front_of_a_host_the_lifespan_is_the_hosts(registry: ms.Registry, tmp_path: Path) -> None:
+async def test_in_front_of_a_host_the_lifespan_is_the_hosts(unstarted: ms.AsyncModelServer) -> None:
     """Startup and shutdown go to the host, which starts the server or not."""
-    server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache", poll_s=3600)
     seen: list[str] = []
 
     @contextlib.asynccontextmanager
@@ -266,11 +266,11 @@ async def test_in_front_of_a_host_the_lifespan_is_the_hosts(registry: ms.Registr
         seen.append("down")
 
     messages = Lifespan()
-    app = ms.asgi(server, prefix="/ml", otherwise=Starlette(lifespan=lifespan))
+    app = ms.asgi(unstarted, prefix="/ml", otherwise=Starlette(lifespan=lifespan))
     await app({"type": "lifespan", "state": {}}, messages.receive, messages.send)
     assert seen == ["up", "down"]
     assert messages.heard == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
-    assert server.status() == []
+    assert unstarted.status() == []
 
 
 def test_in_front_of_a_host_websockets_are_the_hosts(server: ms.ModelServer) -> None:
@@ -320,7 +320,7 @@ def test_a_message_without_a_body(server: ms.ModelServer) -> None:
     """ASGI lets a server leave out what is empty."""
     messages = Messages([])
 
-    async def receive() -> dict[str, Any]:
+    async def receive() -> Message:
         return {"type": "http.request"}
 
     messages.receive = receive  # type: ignore[method-assign]

@@ -361,11 +361,14 @@ def test_any_headers(call: Caller, headers: list[tuple[str, str]]) -> None:
 
 @pytest.fixture(scope="module", params=["h11", "httptools"])
 def address(
-    request: pytest.FixtureRequest, registry: ms.Registry, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    registry: ms.Registry,
+    options: dict[str, ms.ModelOptions],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[str, int]]:
     """The address of a uvicorn with each of its parsers, whose app starts and stops a server of its own."""
     cache = tmp_path_factory.mktemp("cache")
-    app = ms.asgi(ms.AsyncModelServer(registry, cache_dir=cache, poll_s=3600), max_body_bytes=LIMIT)
+    app = ms.asgi(ms.AsyncModelServer(registry, options, cache_dir=cache, poll_s=3600), max_body_bytes=LIMIT)
     with uvicorn_serving(app, http=request.param) as address:
         yield address
 

@@ -34,9 +34,9 @@ LIMIT = 1000
 
 
 @pytest.fixture
-def unstarted(registry: ms.Registry, tmp_path: Path) -> Iterator[ms.ModelServer]:
+def unstarted(registry: ms.Registry, options: dict[str, ms.ModelOptions], tmp_path: Path) -> Iterator[ms.ModelServer]:
     """A server that nobody has started yet."""
-    server = ms.ModelServer(registry, cache_dir=tmp_path / "cache", poll_s=3600)
+    server = ms.ModelServer(registry, options, cache_dir=tmp_path / "cache", poll_s=3600)
     yield server
     server.close()
 
