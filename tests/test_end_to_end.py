@@ -33,7 +33,6 @@ async def test_register_serve_promote_and_roll_back_on_postgresql_and_s3(
             assert sum(await asyncio.gather(*callers)) > 100
     assert [event.action for event in training.history("m")][-2:] == ["promote", "rollback"]
     training.close()
-    store.close()
 
 
 async def _takes_over(server: ms.AsyncModelServer, version: str) -> None:

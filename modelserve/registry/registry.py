@@ -83,8 +83,10 @@ class Registry:
         self.close()
 
     def close(self) -> None:
-        """Close the idle connections. Safe to call twice; later use opens new ones."""
+        """Close the idle connections, the store's too. Safe to call twice; later use opens new ones."""
         self._database.close()
+        if isinstance(self._artifacts, ArtifactStore):
+            self._artifacts.close()
 
     def upgrade(self) -> None:
         """Bring the tables to this release. Safe when many processes do so at once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import fcntl
+import http.server
 import os
 import shutil
 import subprocess
@@ -279,6 +280,40 @@ def test_attempts_are_bounded(root: str, folder: Path, fault: str, error: type[E
     assert litter(folder) == []
 
 
+class CutShort(http.server.BaseHTTPRequestHandler):
+    """Answers like S3, promises a hundred bytes, and hangs up after fifty."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(b"x" * 50)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.aws
+def test_a_reply_shorter_than_its_headers_say_is_never_visible(folder: Path) -> None:
+    """A server that hangs up in the middle of a reply costs an attempt, not the truth."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), CutShort) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        endpoint = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "region_name": "us-east-1"}
+        store = ArtifactStore("s3://bucket/models", key="test", secret="test", client_kwargs=endpoint)
+        store._fs.retries = 1
+        with pytest.raises(BackendUnavailable, match="artifact store"):
+            DiskCache(folder).fetch(store, artifact_of(files.digest_of([b"x" * 100])[0], size=100))
+        store.close()
+        server.shutdown()
+        serving.join()
+    assert on_disk(folder) == set()
+    assert litter(folder) == []
+
+
 def test_what_is_missing_or_forbidden_is_asked_for_once(
     store: CountingStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,9 +333,9 @@ def test_what_is_missing_or_forbidden_is_asked_for_once(
 # -- hostile rows and manifests ----------------------------------------------------------------------------
 
 
-def artifact_of(sha256: str, *, key: str | None = None) -> Artifact:
+def artifact_of(sha256: str, *, key: str | None = None, size: int = 10) -> Artifact:
     """Describe an artifact as a row of the registry could."""
-    return Artifact(key=f"blobs/sha256/{sha256}" if key is None else key, sha256=sha256, size=10, format="raw")
+    return Artifact(key=f"blobs/sha256/{sha256}" if key is None else key, sha256=sha256, size=size, format="raw")
 
 
 @pytest.mark.parametrize("sha256", ["../../etc/passwd", "A" * 64, "0" * 63, "0" * 64 + "/.."])
@@ -409,7 +444,7 @@ def test_processes_killed_in_a_download_leave_nothing_behind(
 def test_processes_download_one_after_the_other(
     root: str, store: CountingStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where locks work, whoever waited for another's download uses it. Two caches are to each other as two processes."""
+    """Whoever waited for another's download uses it. Two caches are to each other as two processes."""
     slow, artifact, waits = WaitingStore(root), put(store, b"hello"), threading.Event()
     monkeypatch.setattr(time, "sleep", lambda _: waits.set())
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
