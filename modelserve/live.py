@@ -103,11 +103,14 @@ class Live:
         self._poll: asyncio.Task[None] | None = None
         self._unsubscribe: Callable[[], None] = _nothing
         self._problem: str | None = None
+        self._has_looked = models is not None  # a list of models says which there are without asking
 
     def __getitem__(self, model_name: str) -> Deployment:
         keeper = self._keepers.get(model_name)
-        if keeper is None:
+        if keeper is None and self._has_looked:
             raise ModelNotFound(model_name)
+        if keeper is None:
+            raise NotReady(f"which models there are is not known yet: {self._problem or 'the server is starting'}")
         if keeper.deployment is None:
             raise NotReady(f"model {model_name!r} is not ready: {keeper.problem or 'it is loading'}")
         return keeper.deployment
@@ -162,7 +165,7 @@ class Live:
         except ModelServeError as error:
             self._lost(str(error))
             return
-        self._problem = None
+        self._problem, self._has_looked = None, True
         for name, generation in generations.items():
             if (self._models is None or name in self._models) and self._keep(name).reached != generation:
                 self._keep(name).look()

@@ -62,6 +62,7 @@ class AsyncModelServer:
         self._observers = Observers()
         self._live: Live | None = None
         self._closing = False
+        self.new_request_id: Callable[[], str] = uuid7_source()
 
     @classmethod
     def from_config(cls, path: str | Path | None = None, **overrides: Any) -> Self:
@@ -121,7 +122,7 @@ class AsyncModelServer:
         """
         live = self._live_now()
         arrived = perf_counter()
-        request_id = request_id or self._new_id()
+        request_id = request_id or self.new_request_id()
         with live[model_name].choose(version) as target:
             try:
                 rows = _validated(target, instances, where)
@@ -176,7 +177,7 @@ class AsyncModelServer:
             return
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
-        self._new_id = uuid7_source()
+        self.new_request_id = uuid7_source()  # again, after any fork
         self._sql = ThreadPoolExecutor(2, thread_name_prefix="modelserve-sql")
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load")
         try:

@@ -12,7 +12,7 @@ from modelserve.http.messages import Request, Response
 from modelserve.http.openapi import openapi_document
 from modelserve.http.problems import HttpProblem, problem_response
 from modelserve.live import ModelStatus
-from modelserve.server import AsyncModelServer
+from modelserve.server import Answer, AsyncModelServer
 from modelserve.types import Json, ModelVersion
 
 MAX_BODY_BYTES: Final = 16 * 1024 * 1024
@@ -35,10 +35,11 @@ class Api:
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""
+        request_id = request.request_id or self._server.new_request_id()
         try:
             path = request.path
             if path.startswith("/predict/"):
-                return await self._predict(request, path[9:])
+                return await self._predict(request, path[9:], request_id)
             if path.startswith("/models/"):
                 return await self._model(request, path[8:])
             method, handler = self._fixed.get(path, ("", _nothing_here))
@@ -46,49 +47,25 @@ class Api:
                 _require_method(request, method)
             return await handler(request)
         except Exception as error:  # noqa: BLE001  # the outermost frame: what comes here becomes a response
-            return problem_response(error, request.request_id)
+            return problem_response(error, request_id)
 
     # -- predictions ---------------------------------------------------------------------------------------
 
-    async def _predict(self, request: Request, model_name: str) -> Response:
+    async def _predict(self, request: Request, model_name: str, request_id: str) -> Response:
         _require_method(request, "POST")
         body = _json_body(request)
-        if len(body) == 1:
-            if "inputs" in body:
-                return await self._predict_one(request, model_name, body["inputs"])
-            if "instances" in body:
-                return await self._predict_many(request, model_name, body["instances"])
+        if len(body) != 1:
+            raise _misshapen(body)
+        if "inputs" in body:
+            answer = await self._server.answer(model_name, (body["inputs"],), "inputs", request_id)
+            return _prediction("prediction", answer[0][0], answer)
+        if "instances" in body:
+            rows = body["instances"]
+            if not isinstance(rows, list) or not rows:
+                raise InvalidInput("instances", "expected a list of at least one row")
+            answer = await self._server.answer(model_name, rows, "instances[{}]", request_id)
+            return _prediction("predictions", answer[0], answer)
         raise _misshapen(body)
-
-    async def _predict_one(self, request: Request, model_name: str, inputs: Json) -> Response:
-        values, version, latency_ms, request_id = await self._server.answer(
-            model_name, (inputs,), "inputs", request_id=request.request_id
-        )
-        return _answer(
-            {
-                "prediction": values[0],
-                "model_version": version,
-                "latency_ms": latency_ms,
-                "request_id": request_id,
-                "cached": False,
-            }
-        )
-
-    async def _predict_many(self, request: Request, model_name: str, instances: Json) -> Response:
-        if not isinstance(instances, list) or not instances:
-            raise InvalidInput("instances", "expected a list of at least one row")
-        values, version, latency_ms, request_id = await self._server.answer(
-            model_name, instances, "instances[{}]", request_id=request.request_id
-        )
-        return _answer(
-            {
-                "predictions": values,
-                "model_version": version,
-                "latency_ms": latency_ms,
-                "request_id": request_id,
-                "cached": False,
-            }
-        )
 
     # -- models --------------------------------------------------------------------------------------------
 
@@ -181,6 +158,13 @@ def _misshapen(body: dict[str, Json]) -> InvalidInput:
     if body:
         return InvalidInput("instances", "give either 'inputs' (one row) or 'instances' (several), not both")
     return InvalidInput("inputs", "missing; give 'inputs' (one row) or 'instances' (several)")
+
+
+def _prediction(key: str, value: Json, answer: Answer) -> Response:
+    _, version, latency_ms, request_id = answer
+    return _answer(
+        {key: value, "model_version": version, "latency_ms": latency_ms, "request_id": request_id, "cached": False}
+    )
 
 
 def _answer(document: dict[str, Any], status: int = 200) -> Response:

@@ -129,13 +129,14 @@ def test_labels_are_answered_as_strings(odd_server: ms.ModelServer, face: str) -
     ],
 )
 def test_a_request_id_is_repeated_if_it_is_fit_to_be_logged(call: Caller, sent: str, *, fit: bool) -> None:
-    """The caller's own id is kept, one that could garble a log is replaced; problems repeat it too."""
+    """The caller's own id is kept, one that could garble a log is replaced; problems carry one just the same."""
     headers = [JSON, ("x-request-id", sent)]
     document = call("POST", "/predict/tiles", b'{"inputs": {"x": [[1, 2, 3], [4, 5, 6]]}}', headers).json()
     problem = call("POST", "/predict/tiles", b"{}", headers).problem()
     assert (document["request_id"] == sent) == fit
     assert fit or UUID7.fullmatch(document["request_id"])
-    assert problem.get("request_id") == (sent if fit else None)
+    assert (problem["request_id"] == sent) == fit
+    assert fit or UUID7.fullmatch(problem["request_id"])
 
 
 # -- requests that do not fit ------------------------------------------------------------------------------
