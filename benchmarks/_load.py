@@ -175,7 +175,10 @@ class _Generator:
 
 
 def _body_at(answer: bytes) -> int | None:
-    """Return where the body of a complete answer begins; None while some of it is missing."""
+    """Return where the body of a complete answer begins; None while some of it is missing.
+
+    Takes header names in lower case, as uvicorn and its applications write them.
+    """
     head_end = answer.find(b"\r\n\r\n")
     if head_end < 0:
         return None

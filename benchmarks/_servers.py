@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -52,6 +53,12 @@ def in_front(folder: Path) -> Any:
     return ms.asgi(server, prefix="/ml", otherwise=_host_of(server))
 
 
+def frozen(folder: Path) -> Any:
+    """Serve as ``in_front`` does, in a host that has the garbage collector leave alone what is there after startup."""
+    server = _server(folder)
+    return ms.asgi(server, prefix="/ml", otherwise=_host_of(server, when_started=gc.freeze))
+
+
 class Inputs(BaseModel):
     """One row, as a FastAPI user would describe it."""
 
@@ -86,7 +93,7 @@ def loaded(folder: Path) -> Any:
 
 
 APPS: Final[dict[str, Callable[[Path], Any]]] = {
-    app.__name__.replace("_", "-"): app for app in (echo, alone, mounted, in_front, inline, kept, loaded)
+    app.__name__.replace("_", "-"): app for app in (echo, alone, mounted, in_front, frozen, inline, kept, loaded)
 }
 
 
@@ -99,10 +106,12 @@ def _telltale_server(folder: Path, *, keep_previous: bool) -> ms.AsyncModelServe
     return ms.AsyncModelServer(open_registry(folder), {TELLTALE: options}, cache_dir=folder / "cache", poll_s=0.1)
 
 
-def _host_of(server: ms.AsyncModelServer) -> FastAPI:
+def _host_of(server: ms.AsyncModelServer, when_started: Callable[[], None] | None = None) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with server:
+            if when_started is not None:
+                when_started()
             yield
 
     return FastAPI(lifespan=lifespan)

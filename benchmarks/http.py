@@ -38,6 +38,7 @@ _PATHS: Final = {
     "alone": f"/predict/{MODEL}",
     "mounted": f"/ml/predict/{MODEL}",
     "in-front": f"/ml/predict/{MODEL}",
+    "frozen": f"/ml/predict/{MODEL}",
     "inline": f"/predict/{MODEL}",
 }
 

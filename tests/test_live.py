@@ -420,6 +420,24 @@ def test_a_load_that_ends_while_the_registry_is_down_is_taken_in_afterwards() ->
     run(scenario)
 
 
+def test_before_the_first_look_no_model_is_called_unknown() -> None:
+    """Serving whatever is in production, a server that could not yet ask what that is says so, and not "not found"."""
+
+    async def scenario(world: World) -> None:
+        world.registry.down = True
+        await world.live.start()
+        with pytest.raises(NotReady, match=r"not known yet: .* is down"):
+            world.live["m"]
+        world.registry.down = False
+        world.registry.promote(1)
+        await asyncio.sleep(1.5)
+        assert world.serving == "1"
+        with pytest.raises(ModelNotFound):
+            world.live["other"]
+
+    run(scenario)
+
+
 def test_models_that_are_not_configured_are_not_served() -> None:
     """With an explicit list, other models of the registry are unknown here."""
 
