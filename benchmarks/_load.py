@@ -39,8 +39,9 @@ class Load:
 class Outcome:
     """What came of it. Times are ``time.perf_counter()``, which all processes of a machine share.
 
-    ``finished`` and ``latencies`` (seconds) hold one value per answer of status 200; ``kept`` pairs the index of a
-    request with the body of its answer; ``starved`` counts the connections without a single answer before the end;
+    ``finished`` and ``latencies`` (seconds) hold one value per answer of status 200; ``refusals`` one
+    time, latency and body per answer of another status; ``kept`` pairs the index of a request with the body of its
+    answer; ``starved`` counts the connections without a single answer before the end;
     ``busy`` is the generator's own share of a processor: close to 1, it was the generator that was measured.
     """
 
@@ -49,6 +50,7 @@ class Outcome:
     finished: list[float] = dataclasses.field(default_factory=list)
     latencies: list[float] = dataclasses.field(default_factory=list)
     failures: Counter[str] = dataclasses.field(default_factory=Counter)
+    refusals: list[tuple[float, float, bytes]] = dataclasses.field(default_factory=list)
     kept: list[tuple[int, bytes]] = dataclasses.field(default_factory=list)
     starved: int = 0
     busy: float = 0.0
@@ -57,6 +59,14 @@ class Outcome:
     def rate(self) -> float:
         """Good answers per second, not counting those that came after the end."""
         return sum(at <= self.ended for at in self.finished) / (self.ended - self.started)
+
+    def tell_failures(self, name: str) -> None:
+        """Print what failed and how the first refusal reads; nothing when nothing failed."""
+        if self.failures:
+            counts = ", ".join(f"{count} × {kind}" for kind, count in self.failures.items())
+            print(f"{name}: {counts}; longest wait of the others {max(self.latencies, default=0):.2f} s")
+        for at, latency, body in self.refusals[:1]:
+            print(f"  first after {at - self.started:.2f} s, having waited {latency:.2f} s: {body.decode()}")
 
 
 def post(path: str, body: bytes) -> bytes:
@@ -163,6 +173,7 @@ class _Generator:
         connection.answers += 1
         if answer[9:12] != b"200":
             outcome.failures[f"HTTP {answer[9:12].decode()}"] += 1
+            outcome.refusals.append((now, now - connection.sent, answer[body:]))
             return
         outcome.finished.append(now)
         outcome.latencies.append(now - connection.sent)

@@ -89,7 +89,9 @@ def _measure(
     running = process.submit(run, load)
     time.sleep(quiet_s)
     changes = _change_for(registry, changing_s)
-    return _evaluate(running.result(), values, changes)
+    outcome = running.result()
+    outcome.tell_failures(server.name)
+    return _evaluate(outcome, values, changes)
 
 
 def _change_for(registry: ms.Registry, seconds: float) -> list[float]:

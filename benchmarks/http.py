@@ -33,6 +33,7 @@ from benchmarks._wrk import run_wrk, wrk_is_here
 
 CONNECTIONS: Final = (1, 16, 64, 256)
 _KEEP_EVERY: Final = 97
+_A_CORE: Final = 0.9
 _PATHS: Final = {
     "echo": f"/predict/{MODEL}",
     "alone": f"/predict/{MODEL}",
@@ -54,6 +55,7 @@ class Measured:
     starved: int | None = None
     wrong: int | None = None
     cpu_us: float | None = None
+    cores: float | None = None
     busy: float | None = None
 
 
@@ -92,6 +94,7 @@ def main() -> None:
             found = _at(servers, count, seconds, rounds, measure)
             print_table(f"{count} connections, {rounds} × {seconds} s", found)
             rows += found
+    _warn_if_crowded(rows)
     name = "http" if options.generator == "built-in" else "http_wrk"
     report(name, quick=options.quick, rows=rows, budgets=_budgets(rows))
 
@@ -133,9 +136,11 @@ def _by_generator(
     process: ProcessPoolExecutor, traffic: Traffic, server: Server, connections: int, seconds: float
 ) -> Measured:
     requests = [post(_PATHS[server.name], body) for body in traffic.bodies]
-    cpu_before = server.cpu_seconds()
+    before = server.cpu_seconds()
     outcome = process.submit(run, Load(server.port, requests, connections, seconds, _KEEP_EVERY)).result()
-    cpu_after = server.cpu_seconds()
+    after = server.cpu_seconds()
+    outcome.tell_failures(f"{server.name} at {connections}")
+    cpu = after - before if before is not None and after is not None else None
     answers = len(outcome.latencies)
     return Measured(
         rate=outcome.rate,
@@ -144,7 +149,8 @@ def _by_generator(
         failures=outcome.failures.total(),
         starved=outcome.starved,
         wrong=None if server.name == "echo" else traffic.wrong(outcome.kept),
-        cpu_us=(cpu_after - cpu_before) / answers * 1e6 if cpu_before and cpu_after and answers else None,
+        cpu_us=cpu / answers * 1e6 if cpu is not None and answers else None,
+        cores=cpu / seconds if cpu is not None else None,
         busy=outcome.busy,
     )
 
@@ -159,12 +165,22 @@ def _row(name: str, connections: int, found: dict[str, list[Measured]]) -> dict[
     mine = found[name]
     row: dict[str, Any] = {"server": name, "connections": connections}
     row |= {key: median(getattr(each, key) for each in mine) for key in ("rate", "p50", "p99")}
-    row |= {key: _median_known(getattr(each, key) for each in mine) for key in ("cpu_us", "busy")}
+    row |= {key: _median_known(getattr(each, key) for each in mine) for key in ("cpu_us", "cores", "busy")}
     row |= {key: _sum_known(getattr(each, key) for each in mine) for key in ("failures", "starved", "wrong")}
+    if "echo" in found and row["cpu_us"] != "-":
+        row["cpu"] = ratio([each.cpu_us or 0 for each in found["echo"]], [each.cpu_us or 1 for each in mine])
     for other in ("echo", "inline"):
         if other in found:
             row[f"/ {other}"] = ratio([each.rate for each in mine], [each.rate for each in found[other]])
     return row
+
+
+def _warn_if_crowded(rows: list[dict[str, Any]]) -> None:
+    """Say so where the echo did not get its core: whatever holds it back holds a slower server back less."""
+    for row in rows:
+        if row["server"] == "echo" and row["connections"] >= 16 and row["cores"] != "-" and row["cores"] < _A_CORE:
+            where, got = f"{row['connections']} connections", f"{row['cores']:.2f} of a core"
+            print(f"\nNOT QUIET at {where}: the echo got {got}; the ratios of rates to it are too good")
 
 
 def _known(values: Iterator[Any]) -> list[Any]:

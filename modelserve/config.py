@@ -48,7 +48,7 @@ class ModelOptions(BaseModel):
     max_batch_size: PositiveInt | Literal["auto"] = "auto"
     max_wait_ms: float = Field(default=0.0, ge=0, le=10_000)
     queue_limit: int = Field(default=1024, ge=1)
-    timeout_ms: float = Field(default=1000.0, gt=0)
+    timeout_ms: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
     keep_previous: bool = True
     allow_pickle: bool = False
 

@@ -1,7 +1,8 @@
 """What happened, as frozen records handed to observers.
 
 An observer may only take the record and return at once (put it on a bounded queue of its own): it runs on the
-event loop, in the middle of somebody's request. One that raises is counted and logged once, and disturbs nobody.
+event loop, in the middle of somebody's request. One that raises disturbs nobody: every failure is counted,
+the first is logged.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Observers:
     """Hands each event to every observer, in the order they subscribed."""
 
     def __init__(self) -> None:
-        self._observers: tuple[Observer, ...] = ()
+        self._observers: dict[object, Observer] = {}
         self.failures = 0
 
     def __bool__(self) -> bool:
@@ -69,16 +70,17 @@ class Observers:
 
     def subscribe(self, observer: Observer) -> Callable[[], None]:
         """Add an observer; return what removes it again."""
-        self._observers = (*self._observers, observer)
+        token = object()
+        self._observers[token] = observer
 
         def unsubscribe() -> None:
-            self._observers = tuple(each for each in self._observers if each is not observer)
+            self._observers.pop(token, None)
 
         return unsubscribe
 
     def emit(self, event: Event) -> None:
         """Tell every observer; count the ones that raise."""
-        for observer in self._observers:
+        for observer in list(self._observers.values()):  # a copy: an observer may end its own subscription
             try:
                 observer(event)
             except Exception:  # noqa: BLE001  # an observer is the host's code; the request is not its business

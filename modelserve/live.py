@@ -101,6 +101,7 @@ class Live:
         self._poll_s = poll_s
         self._keepers: dict[str, _Keeper] = {}
         self._poll: asyncio.Task[None] | None = None
+        self._stopped = False
         self._unsubscribe: Callable[[], None] = _nothing
         self._problem: str | None = None
         self._has_looked = models is not None  # a list of models says which there are without asking
@@ -127,6 +128,7 @@ class Live:
 
     async def stop(self) -> None:
         """Stop looking, then drain and free every version."""
+        self._stopped = True
         self._unsubscribe()
         if self._poll is not None:
             self._poll.cancel()
@@ -151,7 +153,7 @@ class Live:
         self._loop.call_soon_threadsafe(self._nudge, model_name)
 
     def _nudge(self, model_name: str) -> None:
-        if self._models is None or model_name in self._models:
+        if not self._stopped and (self._models is None or model_name in self._models):
             self._keep(model_name).look()
 
     async def _look_forever(self) -> None:
@@ -164,6 +166,10 @@ class Live:
             generations = await self._loop.run_in_executor(self._executor, self._registry.generations)
         except ModelServeError as error:
             self._lost(str(error))
+            return
+        except Exception as error:  # noqa: BLE001  # a poll that ended would leave every model as it is for ever
+            _log.exception("the registry could not be read")
+            self._lost(f"the registry could not be read: {type(error).__name__}")
             return
         self._problem, self._has_looked = None, True
         for name, generation in generations.items():
@@ -263,6 +269,7 @@ class _Keeper:
         )
 
     async def stop(self) -> None:
+        self.tried.set()
         self._task.cancel()
         await asyncio.wait([self._task])
         if self._pause is not None:
@@ -388,5 +395,9 @@ class _Keeper:
         task.add_done_callback(self._retiring.discard)
 
     async def _unload(self, version: LoadedVersion) -> None:
-        await version.unload()
+        try:
+            await version.unload()
+        except Exception:  # noqa: BLE001  # nobody waits for an unload: what went wrong is told to the log
+            _log.exception("%s %s could not be freed", self._model_name, version.meta.version)
+            return
         self._observers.emit(VersionUnloaded(self._model_name, version.meta.version))

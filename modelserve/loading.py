@@ -12,14 +12,15 @@ import orjson
 from modelserve import plugins
 from modelserve.artifacts import ArtifactStore, DiskCache, Lease
 from modelserve.config import ModelOptions
-from modelserve.errors import LoadFailed, ModelServeError
-from modelserve.execution.pool import Pool
+from modelserve.errors import InferenceFailed, LoadFailed
+from modelserve.execution.pool import Pool, rows_of
 from modelserve.execution.thread import ThreadReplica
-from modelserve.ports import Model
+from modelserve.ports import Model, Replica
 from modelserve.signature import Signature
 from modelserve.types import Artifact, Json, ModelVersion, Row
 
 _WARM_UP_LIMIT_S: Final = 60.0
+_LOAD_LIMIT_S: Final = 600.0  # a hang, not a large model
 _SLOW_BATCH_S: Final = 0.25  # larger buckets of a model this slow would delay the swap more than they warm
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-6  # what another CPU's kernels may change in the last digits of a float32
 
@@ -79,21 +80,19 @@ class Loader:
         artifact = await self._fetch(meta.artifact)
         pool = _pool_for(meta, options, signature, artifact)
         try:
-            await pool.start()
-            await self._prove(meta, options, signature, pool)
+            proof = Proof(signature, await self._example(meta), largest_batch=options.batch_rows)
+            async with asyncio.timeout(_LOAD_LIMIT_S):
+                await pool.start(proof)
+        except TimeoutError as error:
+            await asyncio.shield(_discard(pool, artifact))
+            raise LoadFailed(f"the model did not load within {_LOAD_LIMIT_S:.0f} s") from error
         except BaseException:
             await asyncio.shield(_discard(pool, artifact))
             raise
         return LoadedVersion(meta, options, signature, pool, artifact)
 
-    async def _prove(self, meta: ModelVersion, options: ModelOptions, signature: Signature, pool: Pool) -> None:
-        if meta.example is None:
-            return
-        example = await self._run(self._read_json, meta.example)
-        rows = [signature.validate(record) for record in example["inputs"]]
-        await _warm_up(pool, rows, min(options.batch_rows, options.queue_limit))
-        if example["outputs"] is not None:
-            _compare(example["outputs"], await _answer(pool, rows[: options.queue_limit]))
+    async def _example(self, meta: ModelVersion) -> Json:
+        return None if meta.example is None else await self._run(self._read_json, meta.example)
 
     async def _fetch(self, artifact: Artifact) -> Lease:
         fetching = asyncio.ensure_future(self._run(self._cache.fetch, self._store, artifact))
@@ -139,34 +138,56 @@ async def _discard(pool: Pool, artifact: Lease) -> None:
 # -- warm-up and golden example ----------------------------------------------------------------------------
 
 
-async def _warm_up(pool: Pool, rows: list[Row], largest: int) -> None:
-    """Run every batch size that is a power of two, so that no request pays for a first time."""
-    loop = asyncio.get_running_loop()
-    size = 1
-    while size <= largest:
-        started = loop.time()
-        await _answer(pool, [rows[i % len(rows)] for i in range(size)])
-        if loop.time() - started > _SLOW_BATCH_S:
+class Proof:
+    """Shows of one replica that it answers: every batch size once, and the golden example as it did at registration.
+
+    ``example`` is the registered document ``{"inputs": [row, …], "outputs": [answer, …] | None}``; without one
+    there is nothing to run.
+    """
+
+    def __init__(self, signature: Signature, example: Json, *, largest_batch: int) -> None:
+        self._rows = [] if example is None else [signature.validate(record) for record in example["inputs"]]
+        self._expected = None if example is None else example["outputs"]
+        self._largest_batch = largest_batch
+
+    async def __call__(self, replica: Replica) -> None:
+        """Raise ``LoadFailed`` unless the replica answers."""
+        if not self._rows:
             return
-        size *= 2
+        try:
+            async with asyncio.timeout(_WARM_UP_LIMIT_S):
+                await self._warm_up(replica)
+                if self._expected is not None:
+                    _compare(self._expected, await _answers(replica, self._rows))
+        except TimeoutError as error:
+            raise LoadFailed(f"the warm-up did not end within {_WARM_UP_LIMIT_S:.0f} s") from error
+        except InferenceFailed as error:
+            raise LoadFailed(f"the warm-up failed: {error}") from error
+
+    async def _warm_up(self, replica: Replica) -> None:
+        """Run every batch size that is a power of two, so that no request pays for a first time."""
+        loop, size = asyncio.get_running_loop(), 1
+        while size <= self._largest_batch:
+            started = loop.time()
+            await _answers(replica, [self._rows[i % len(self._rows)] for i in range(size)])
+            if loop.time() - started > _SLOW_BATCH_S:
+                return
+            size *= 2
 
 
-async def _answer(pool: Pool, rows: list[Row]) -> list[Json]:
-    try:
-        answers = await pool.submit(rows, asyncio.get_running_loop().time() + _WARM_UP_LIMIT_S)
-    except ModelServeError as error:
-        raise LoadFailed(f"the warm-up failed: {error}") from error
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise LoadFailed(f"the warm-up failed: {answer}") from answer
-    return list(answers)
+async def _answers(replica: Replica, rows: list[Row]) -> list[Json]:
+    return rows_of(await replica.infer(rows), len(rows))
 
 
 def _compare(expected: list[Json], answers: list[Json]) -> None:
     """Refuse a version that does not answer its golden example as it did at registration."""
-    for i, (wanted, found) in enumerate(zip(expected, orjson.loads(orjson.dumps(answers)), strict=False)):
-        if not agrees(wanted, found):
-            raise LoadFailed(f"golden example, row {i}: registered answer {_short(wanted)}, got {_short(found)}")
+    try:
+        found = orjson.loads(orjson.dumps(answers, option=orjson.OPT_SERIALIZE_NUMPY))
+    except TypeError as error:
+        raise LoadFailed(f"the model's answer to the golden example has no JSON form: {error}") from error
+    for i, (wanted, given) in enumerate(zip(expected, found, strict=True)):
+        if not agrees(wanted, given):
+            raise LoadFailed(f"golden example, row {i}: registered answer {_short(wanted)}, got {_short(given)}")
 
 
 def agrees(wanted: Json, found: Json) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -61,7 +62,9 @@ class AsyncModelServer:
         self._poll_s = poll_s
         self._observers = Observers()
         self._live: Live | None = None
-        self._closing = False
+        self._executors: tuple[ThreadPoolExecutor, ...] = ()
+        self._opening: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self.new_request_id: Callable[[], str] = uuid7_source()
 
     @classmethod
@@ -154,7 +157,7 @@ class AsyncModelServer:
     def ready(self) -> bool:
         """Whether there is at least one model to serve, and every one is loaded with its pool alive."""
         status = self.status()
-        return not self._closing and bool(status) and all(model.ready for model in status)
+        return self._closing is None and bool(status) and all(model.ready for model in status)
 
     def loaded(self, model_name: str) -> LoadedVersion:
         """Return the version that answers a model's requests now. Raises ``ModelNotFound``, ``NotReady``."""
@@ -172,14 +175,31 @@ class AsyncModelServer:
     # -- lifecycle -----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Load what is wanted. A model that cannot be loaded does not keep the others, or the host, from starting."""
-        if self._live is not None:
+        """Load what is wanted. A model that cannot be loaded does not keep the others, or the host, from starting.
+
+        Callers share one start. One that is cancelled leaves it running; :meth:`close` ends it.
+        """
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open(), name="modelserve-open")
+        await asyncio.shield(self._opening)
+
+    async def close(self) -> None:
+        """Refuse new requests, answer the ones in flight, free everything. Safe to call twice, also at once."""
+        if self._opening is None:
             return
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._shut(self._opening), name="modelserve-close")
+        await asyncio.shield(self._closing)
+
+    async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
         self.new_request_id = uuid7_source()  # again, after any fork
         self._sql = ThreadPoolExecutor(2, thread_name_prefix="modelserve-sql")
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load")
+        self._executors = (self._sql, self._loads)
         try:
             loader = await self._loop.run_in_executor(self._loads, self._open_loader)
             self._live = Live(
@@ -188,25 +208,30 @@ class AsyncModelServer:
             await self._live.start()
         except BaseException:
             await self._release()
+            self._opening = None
             raise
 
-    async def close(self) -> None:
-        """Refuse new requests, answer the ones in flight, free everything. Safe to call twice."""
-        if self._live is None or self._closing:
-            return
-        self._closing = True
-        await self._release()
-        self._closing = False
+    async def _shut(self, opening: asyncio.Task[None]) -> None:
+        try:
+            opening.cancel()
+            await asyncio.wait([opening])
+            await self._release()
+        finally:
+            self._opening = self._closing = None
 
     async def _release(self) -> None:
-        if self._live is not None:
-            await self._live.stop()
-            self._live = None
-        self._sql.shutdown(wait=False)
-        self._loads.shutdown(wait=False)
+        live, self._live = self._live, None
+        if live is not None:
+            await live.stop()
+        for executor in self._executors:
+            executor.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -217,9 +242,10 @@ class AsyncModelServer:
             _warn(f"{type(self).__name__} was dropped without close()", ResourceWarning, source=self, stacklevel=2)
 
     def _live_now(self) -> Live:
-        if self._live is None or self._closing:
-            problem = "closing" if self._closing else "not started: use it as a context manager, or call start()"
-            raise NotReady(f"the server is {problem}")
+        if self._closing is not None:
+            raise NotReady("the server is closing")
+        if self._live is None:
+            raise NotReady("the server is not started: use it as a context manager, or call start()")
         return self._live
 
     def _open_loader(self) -> Loader:
@@ -244,7 +270,7 @@ class ModelServer:
         poll_s: float = 1.0,
     ) -> None:
         self.core = AsyncModelServer(registry, models, cache_dir=cache_dir, cache_bytes=cache_bytes, poll_s=poll_s)
-        self._lock = threading.Lock()
+        self._gate = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._pid = 0
@@ -299,46 +325,62 @@ class ModelServer:
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine of the core on the private loop and wait for it."""
         try:
-            loop = self._running_loop()
+            future = self._hand_over(work)
         except Exception:
             work.close()
             raise
-        future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
             return future.result()
+        except CancelledError:
+            raise NotReady("the server was closed") from None
         except BaseException:
             future.cancel()  # the caller was interrupted, or has its error already
             raise
 
     def start(self) -> None:
-        """Start the private loop and load what is wanted; returns when it has been loaded. Safe to call twice."""
-        with self._lock:
-            if self.started:
-                return
-            self._refuse_forked()
-            self._pid = os.getpid()
-            running = threading.Event()
-            self._thread = threading.Thread(target=self._run_loop, args=(running,), name="modelserve", daemon=True)
-            self._thread.start()
-            running.wait()
+        """Start the private loop and load what is wanted; returns when that is done, whoever began it."""
+        self._refuse_forked()
+        with self._gate:
+            if self._loop is None:
+                self._start_loop()
         try:
             self.call(self.core.start())
         except BaseException:
             self.close()
             raise
-        atexit.register(self.close)
 
     def close(self) -> None:
         """Answer what is in flight, free everything, end the loop. Safe to call twice, and in a forked copy."""
-        with self._lock:
-            loop, thread = self._loop, self._thread
-            if loop is None or thread is None or not self.started:
-                return
-            asyncio.run_coroutine_threadsafe(self.core.close(), loop).result()
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            self._loop = self._thread = None
+        if not self.started:
+            return
+        with contextlib.suppress(NotReady):  # another thread closed it first
+            self.call(self.core.close())
+        with self._gate:
+            loop, self._loop = self._loop, None
+            if loop is not None:
+                loop.call_soon_threadsafe(loop.stop)
+        if self._thread is not None:
+            self._thread.join()
         atexit.unregister(self.close)
+
+    def _hand_over(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Give work to the loop. Under the gate, so that none is given to a loop that was told to stop."""
+        self._refuse_forked()
+        with self._gate:
+            if self._loop is None:
+                raise NotReady("the server is not started: use it as a context manager, or call start()")
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _start_loop(self) -> None:
+        loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=_run, args=(loop,), name="modelserve", daemon=True)
+        self._thread.start()
+        self._loop, self._pid = loop, os.getpid()
+        atexit.register(self.close)
+
+    def _refuse_forked(self) -> None:
+        if self._loop is not None and self._pid != os.getpid():
+            raise ForkedServer(self._pid, os.getpid())
 
     def __enter__(self) -> Self:
         self.start()
@@ -349,21 +391,10 @@ class ModelServer:
     ) -> None:
         self.close()
 
-    def _run_loop(self, running: threading.Event) -> None:
-        with asyncio.Runner() as runner:
-            self._loop = runner.get_loop()
-            self._loop.call_soon(running.set)
-            self._loop.run_forever()
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        self._refuse_forked()
-        if self._loop is None:
-            raise NotReady("the server is not started: use it as a context manager, or call start()")
-        return self._loop
-
-    def _refuse_forked(self) -> None:
-        if self._loop is not None and self._pid != os.getpid():
-            raise ForkedServer(self._pid, os.getpid())
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.get_loop().run_forever()
 
 
 def _from_settings(settings: Settings) -> dict[str, Any]:

@@ -26,6 +26,18 @@ def test_observers_are_told_in_order_until_they_leave() -> None:
     assert observers
 
 
+def test_each_subscription_ends_by_itself() -> None:
+    """A function that subscribed twice is told twice, and once after one of the two has ended."""
+    seen: list[Event] = []
+    observers = Observers()
+    leave = observers.subscribe(seen.append)
+    observers.subscribe(seen.append)
+    observers.emit(EVENT)
+    leave()
+    observers.emit(EVENT)
+    assert len(seen) == 3
+
+
 def test_a_failing_observer_is_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """One that raises does not stop the others, and does not flood the log."""
     seen: list[Event] = []

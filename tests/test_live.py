@@ -47,6 +47,7 @@ class FakeRegistry:
         self.state: DeploymentState | None = None
         self.listeners: list[Callable[[str], None]] = []
         self.down = False
+        self.bug: Exception | None = None
         self.was_wanted: list[int] = []
 
     def promote(self, number: int) -> None:
@@ -82,6 +83,8 @@ class FakeRegistry:
         return lambda: self.listeners.remove(listener)
 
     def _answer(self) -> None:
+        if self.bug is not None:
+            raise self.bug
         if self.down:
             raise BackendUnavailable("registry database", "it is down")
 
@@ -382,6 +385,24 @@ def test_a_registry_that_is_down_changes_nothing_that_serves() -> None:
         await asyncio.sleep(1.5)
         assert world.serving == "2"
         assert world.live.problem is None
+
+    run(scenario)
+
+
+def test_a_registry_that_fails_unforeseen_does_not_end_the_polling(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever reading the registry raises, the next poll reads it again."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.bug = RuntimeError("unforeseen")
+        world.registry.promote(2)
+        await asyncio.sleep(5)
+        assert world.serving == "1"
+        assert "RuntimeError" in str(world.live.problem)
+        world.registry.bug = None
+        await asyncio.sleep(1.5)
+        assert world.serving == "2"
 
     run(scenario)
 

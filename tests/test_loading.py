@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import modelserve as ms
+from modelserve import loading
 from modelserve.artifacts import DiskCache
 from modelserve.config import ModelOptions
 from modelserve.errors import ArtifactUnsafe, LoadFailed
+from modelserve.execution import thread
 from modelserve.loading import Loader, agrees
 from modelserve.testing.models import tells, telltale
 
@@ -78,6 +80,25 @@ async def test_every_batch_size_is_warmed_up(
     loaded = await loader.load(registry.get("m", "1"), ModelOptions(max_batch_size=16))
     assert sizes == [1, 2, 4, 8, 16, 3]
     await loaded.unload()
+    sizes.clear()
+    loaded = await loader.load(registry.get("m", "1"), ModelOptions(max_batch_size=16, replicas=3, max_wait_ms=500))
+    assert sorted(sizes) == sorted(3 * [1, 2, 4, 8, 16, 3])
+    await loaded.unload()
+
+
+async def test_a_model_that_hangs_in_its_warm_up_is_refused(
+    loader: Loader, registry: ms.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm-up that does not end is a failed load, and does not hold up whoever waits for it."""
+    from modelserve.adapters.frameworks.sklearn import SklearnModel  # noqa: PLC0415  # patched for this test alone
+
+    release = threading.Event()
+    monkeypatch.setattr(SklearnModel, "infer", lambda *_: release.wait(30))
+    monkeypatch.setattr(loading, "_WARM_UP_LIMIT_S", 0.05)
+    monkeypatch.setattr(thread, "_STOP_S", 0.05)
+    with pytest.raises(LoadFailed, match="did not end"):
+        await loader.load(registry.get("m", "1"), ModelOptions())
+    release.set()
 
 
 async def test_a_load_that_fails_leaves_nothing_behind(loader: Loader, registry: ms.Registry) -> None:

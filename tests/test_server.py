@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,60 @@ async def test_a_server_can_be_started_again(registry: ms.Registry, tmp_path: Pa
     for _ in range(2):
         async with server:
             assert (await server.predict("m", {"x": [1.0]})).model_version == "1"
+
+
+async def test_several_starts_and_closes_at_once_are_one(registry: ms.Registry, tmp_path: Path) -> None:
+    """Concurrent starts share one start, concurrent closes one close, and nothing is left behind."""
+    before = set(threading.enumerate())
+    server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache")
+    await asyncio.gather(server.start(), server.start(), server.start())
+    assert len([task for task in asyncio.all_tasks() if task.get_name() == "modelserve-poll"]) == 1
+    await asyncio.gather(server.close(), server.close())
+    assert [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("modelserve")] == []
+    for thread in set(threading.enumerate()) - before:
+        await asyncio.to_thread(thread.join, 10)
+    assert not {thread.name for thread in threading.enumerate() if thread.name.startswith("modelserve")}
+
+
+async def test_a_close_overtakes_a_start(registry: ms.Registry, tmp_path: Path) -> None:
+    """Closing while the models load ends the start, however far it is, and the server can be started again."""
+    server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache")
+    for turns in (0, 1, 3, 10, 30):
+        starting = asyncio.create_task(server.start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await server.close()
+        await asyncio.gather(starting, return_exceptions=True)
+        await server.close()
+        assert not server.ready
+    async with server:
+        assert (await server.predict("m", {"x": [1.0]})).model_version == "1"
+
+
+async def test_a_cancelled_close_goes_on(registry: ms.Registry, tmp_path: Path) -> None:
+    """Whoever loses patience with a close can ask again, and the server ends closed."""
+    server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache")
+    await server.start()
+    closing = asyncio.create_task(server.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.gather(closing, return_exceptions=True)
+    await server.close()
+    with pytest.raises(ms.NotReady):
+        await server.predict("m", {"x": [1.0]})
+    async with server:
+        assert server.ready
+
+
+async def test_a_start_that_fails_can_be_repeated(registry: ms.Registry, tmp_path: Path) -> None:
+    """A cache folder that cannot be made is told, and does not spoil the next start."""
+    (tmp_path / "cache").write_text("in the way")
+    server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache")
+    with pytest.raises(ms.BackendUnavailable):
+        await server.start()
+    (tmp_path / "cache").unlink()
+    async with server:
+        assert server.ready
 
 
 async def test_an_unstarted_server_says_so(registry: ms.Registry) -> None:

@@ -67,6 +67,33 @@ def test_start_and_close_may_be_repeated(registry: ms.Registry, tmp_path: Path) 
         server.close()
 
 
+def test_calls_that_race_with_a_close_are_answered(registry: ms.Registry, tmp_path: Path) -> None:
+    """Every call that races with a close gets its answer or ``NotReady``; none hangs, none gets a foreign error."""
+    with ThreadPoolExecutor(24) as threads:
+        for _ in range(5):
+            server = ms.ModelServer(registry, cache_dir=tmp_path / "cache")
+            server.start()
+            calls = [threads.submit(server.predict, "m", {"x": [float(i)]}) for i in range(300)]
+            closes = [threads.submit(server.close) for _ in range(3)]
+            for i, call in enumerate(calls):
+                error = call.exception(timeout=30)
+                assert isinstance(error, ms.NotReady) or tells(call.result().prediction, i) == 1
+            assert [close.exception(timeout=30) for close in closes] == [None] * 3
+
+
+def test_a_second_start_waits_for_the_first(registry: ms.Registry, tmp_path: Path) -> None:
+    """Whoever starts a server finds it ready afterwards, even if another thread had begun to start it."""
+    server = ms.ModelServer(registry, cache_dir=tmp_path / "cache")
+
+    def start() -> bool:
+        server.start()
+        return server.ready
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda _: start(), range(4))) == [True] * 4
+    server.close()
+
+
 def test_a_forked_copy_of_a_started_server_says_so(registry: ms.Registry, tmp_path: Path) -> None:
     """In a child made by fork, the parent's server refuses in one clear sentence instead of hanging."""
     result = run_script(

@@ -22,6 +22,7 @@ Runner: TypeAlias = Callable[[list[In]], Awaitable[Sequence[Out]]]
 
 _SWEEP_GRID_S = 0.005  # deadlines are enforced this late at most; a finer grid would sweep the queue too often
 
+_CLOSE_S = 1.0  # whoever waits for a batch has left before a batcher is closed; this is for what nobody waits for
 _FORGETTING = 0.2  # weight of the newest batch in the mean that retry_after is estimated from
 
 
@@ -53,7 +54,11 @@ class _Call(Generic[In, Out]):
 
     def expire(self) -> None:
         if not self.future.done():
-            self.future.set_exception(DeadlineExceeded(self.deadline - self.entered))
+            self.future.set_exception(DeadlineExceeded(max(0.0, self.deadline - self.entered)))
+
+    def refuse(self) -> None:
+        if not self.future.done():
+            self.future.set_exception(NotReady("the model is being taken out of service"))
 
 
 _Part: TypeAlias = tuple[_Call[In, Out], int, int]
@@ -88,6 +93,7 @@ class Batcher(Generic[In, Out]):
         self._turn: asyncio.Handle | None = None
         self._window: asyncio.TimerHandle | None = None
         self._sweep: asyncio.TimerHandle | None = None
+        self._sweep_due = 0.0  # beside the handle, because uvloop's does not always know
         self._closed = False
         self._batch_seconds = 0.0
         self.waiting = 0
@@ -110,20 +116,31 @@ class Batcher(Generic[In, Out]):
             raise NotReady("the model is being taken out of service")
         if self.waiting + len(items) > self._queue_limit:
             self._admit(len(items))
-        call = _Call(items, deadline, self._loop.time(), self._loop.create_future())
-        self._queue.append(call)
-        self.waiting += len(items)
-        if self._sweep is None or deadline < self._sweep.when() - _SWEEP_GRID_S:
-            self._sweep_at(deadline)
-        self._wake()
+        now = self._loop.time()
+        call = _Call(items, deadline, now, self._loop.create_future())
+        if not items:
+            call.settle(0, [])
+        elif not deadline > now:  # over already, or no time at all (NaN)
+            call.expire()
+        else:
+            self._enqueue(call)
         return call.future
 
+    def _enqueue(self, call: _Call[In, Out]) -> None:
+        self._queue.append(call)
+        self.waiting += len(call.items)
+        if self._sweep is None or call.deadline < self._sweep_due - _SWEEP_GRID_S:
+            self._sweep_at(call.deadline)
+        self._wake()
+
     async def close(self) -> None:
-        """Refuse new calls, fail the waiting ones with ``NotReady``, and wait for the running batches."""
+        """Refuse new calls, fail the waiting ones with ``NotReady``, and wait a while for the running batches.
+
+        A batch that does not end is given up, and its calls fail likewise.
+        """
         self._closed = True
         for call in self._open_calls(waiting_only=True):
-            if not call.future.done():
-                call.future.set_exception(NotReady("the model is being taken out of service"))
+            call.refuse()
         self._queue.clear()
         self._halves.clear()
         self.waiting = 0
@@ -131,7 +148,11 @@ class Batcher(Generic[In, Out]):
             if handle is not None:
                 handle.cancel()
         if self._running:
-            await asyncio.wait(self._running)
+            _, hanging = await asyncio.wait(self._running, timeout=_CLOSE_S)
+            for running in hanging:
+                running.cancel()
+            if hanging:
+                await asyncio.wait(hanging)
 
     # -- admission -----------------------------------------------------------------------------------------
 
@@ -225,6 +246,7 @@ class Batcher(Generic[In, Out]):
     def _sweep_at(self, deadline: float) -> None:
         if self._sweep is not None:
             self._sweep.cancel()
+        self._sweep_due = deadline
         self._sweep = self._loop.call_at(deadline + _SWEEP_GRID_S / 2, self._expire)
 
     def _expire(self) -> None:
@@ -271,18 +293,26 @@ def _halve(parts: list[_Part[In, Out]], rows: int) -> list[list[_Part[In, Out]]]
 
 def _error_of(running: asyncio.Future[Sequence[Out]], rows: int) -> Exception | None:
     if running.cancelled():
-        return NotReady("the batch was cancelled")
+        return NotReady("the model is being taken out of service")
     error = running.exception()
     if error is None:
-        found = len(running.result())
-        return None if found == rows else InferenceFailed(f"the model answered {found} rows for {rows}")
+        return _mismatch(running.result(), rows)
     return error if isinstance(error, Exception) else InferenceFailed(f"the model raised {type(error).__name__}")
+
+
+def _mismatch(results: object, rows: int) -> InferenceFailed | None:
+    if not isinstance(results, Sequence):
+        return InferenceFailed(f"the model answered a {type(results).__name__} for {rows} rows")
+    return None if len(results) == rows else InferenceFailed(f"the model answered {len(results)} rows for {rows}")
 
 
 def _copy(error: Exception) -> Exception:
     """Give each caller an exception of its own: one raised in many tasks would collect all their tracebacks."""
-    own = error.__class__.__new__(error.__class__)
-    own.args = error.args
-    own.__dict__.update(error.__dict__)
+    try:
+        own = error.__class__.__new__(error.__class__)
+        own.args = error.args
+        own.__dict__.update(error.__dict__)
+    except Exception:  # noqa: BLE001  # a class with a constructor of its own kind; no caller may be left waiting for it
+        own = InferenceFailed(str(error))
     own.__cause__ = error.__cause__
     return own

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
+from modelserve.errors import InferenceFailed
 from modelserve.execution.batcher import Batcher, Runner
 from modelserve.ports import Replica
 from modelserve.signature import unstack
-from modelserve.types import Json, Row
+from modelserve.types import Columns, Json, Row
 
 
 class Pool:
@@ -28,9 +29,13 @@ class Pool:
             max_rows=max_batch_size, queue_limit=queue_limit, max_wait_s=max_wait_s
         )
 
-    async def start(self) -> None:
-        """Load every replica. Raises ``LoadError``, and leaves none behind, if one does not load."""
-        started = await asyncio.gather(*(replica.start() for replica in self._replicas), return_exceptions=True)
+    async def start(self, prove: Callable[[Replica], Awaitable[None]]) -> None:
+        """Load every replica and ``prove`` it before it takes a row.
+
+        Raises what loading or proving raised, and leaves no replica behind, if one of them fails.
+        """
+        starts = (_start(replica, prove) for replica in self._replicas)
+        started = await asyncio.gather(*starts, return_exceptions=True)
         for outcome in started:
             if isinstance(outcome, BaseException):
                 await self.stop()
@@ -58,8 +63,23 @@ class Pool:
         return self._batcher.waiting
 
 
+async def _start(replica: Replica, prove: Callable[[Replica], Awaitable[None]]) -> None:
+    await replica.start()
+    await prove(replica)
+
+
 def _runner(replica: Replica) -> Runner[Row, Json]:
     async def run(rows: list[Row]) -> list[Json]:
-        return unstack(await replica.infer(rows), len(rows))
+        return rows_of(await replica.infer(rows), len(rows))
 
     return run
+
+
+def rows_of(outputs: Columns, rows: int) -> list[Json]:
+    """Return one plain value per row of a model's answer. Raises ``InferenceFailed`` for what is no answer to them."""
+    try:
+        return unstack(outputs, rows)
+    except InferenceFailed:
+        raise
+    except Exception as error:
+        raise InferenceFailed(f"the model answered what cannot be read: {type(error).__name__}: {error}") from error

@@ -93,8 +93,8 @@ class ThreadReplica:
             result, error = None, None
             try:
                 result = work()
-            except Exception as raised:  # noqa: BLE001  # whatever it is, it is the caller's to see
-                error = raised
+            except BaseException as raised:  # noqa: BLE001  # even to exit: what a model does is its caller's to see
+                error = raised if isinstance(raised, Exception) else InferenceFailed(f"it raised {raised!r}")
             self._tell(future, result, error)
             del job, work, future, result, error  # a waiting thread must not keep the last batch in memory
         self._model = None

@@ -17,6 +17,7 @@ from modelserve.types import Json, ModelVersion
 
 MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 _MAX_DEPTH: Final = 64
+_MAX_CONTAINERS: Final = 250_000
 _MAX_REQUEST_ID: Final = 128
 _ENCODE: Final = orjson.OPT_SERIALIZE_NUMPY
 
@@ -126,13 +127,18 @@ def _json_body(request: Request) -> dict[str, Json]:
     media = request.content_type.partition(";")[0].strip().lower()
     if media and media != "application/json" and not media.endswith("+json"):
         raise HttpProblem(415, "unsupported-media-type", "send the body as application/json", accept="application/json")
+    nested = request.body.count(b"[") + request.body.count(b"{")
+    if nested > _MAX_CONTAINERS:
+        # Each costs a hundred times its two bytes, on the event loop: seconds for a body that is full of them.
+        problem = f"the body holds {nested} lists and objects; at most {_MAX_CONTAINERS} are read"
+        raise HttpProblem(413, "content-too-large", problem)
     try:
         body = orjson.loads(request.body)
     except orjson.JSONDecodeError as error:
         raise HttpProblem(400, "malformed-json", f"the body is not JSON: {error}") from None
     if type(body) is not dict:
         raise InvalidInput("", "the body must be an object with 'inputs' or 'instances'")
-    if request.body.count(b"[") + request.body.count(b"{") > _MAX_DEPTH and _depth(body) > _MAX_DEPTH:
+    if nested > _MAX_DEPTH and _depth(body) > _MAX_DEPTH:
         raise HttpProblem(400, "malformed-json", f"the body is nested deeper than {_MAX_DEPTH} levels")
     return body
 

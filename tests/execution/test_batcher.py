@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -332,6 +334,74 @@ def test_closing_answers_everybody(run: Callable[..., Any]) -> None:
         with pytest.raises(NotReady):
             batcher.submit([3], FAR)
         assert runner.batches == [[1]]
+
+    run(scenario())
+
+
+def test_a_batch_that_does_not_end_does_not_hold_up_closing(run: Callable[..., Any]) -> None:
+    """A hanging runner is given up after a while, and whoever still waits for it is told."""
+
+    async def scenario() -> None:
+        batcher = batcher_of(Recorder(seconds=1e9))
+        hanging = batcher.submit([1], FAR)
+        await asyncio.sleep(0.1)
+        await batcher.close()
+        assert asyncio.get_running_loop().time() < 2
+        assert isinstance((await hanging)[0], NotReady)
+
+    run(scenario())
+
+
+def test_a_deadline_in_the_past_is_told_at_once_and_disturbs_nobody() -> None:
+    """On every loop, a call whose time is over is never queued, and those beside it are answered."""
+
+    async def scenario() -> None:
+        now = asyncio.get_running_loop().time()
+        batcher = batcher_of(Recorder(seconds=0))
+        over = [batcher.submit([i], deadline) for i, deadline in enumerate((now - 5, now, math.nan))]
+        good = batcher.submit([4], now + 30)
+        for call in over:
+            with pytest.raises(DeadlineExceeded):
+                await call
+        assert await good == [8]
+        assert batcher.waiting == 0
+        await batcher.close()
+
+    for factory in (VirtualTimeLoop, asyncio.new_event_loop, uvloop.new_event_loop):
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(scenario())
+
+
+def test_a_call_of_no_items_is_answered_with_none(run: Callable[..., Any]) -> None:
+    """An empty call has its empty answer at once."""
+
+    async def scenario() -> None:
+        assert await batcher_of(Recorder()).submit([], FAR) == []
+
+    run(scenario())
+
+
+class Particular(InferenceFailed):
+    """An error that cannot be made from its class alone."""
+
+    def __new__(cls, reason: str) -> Self:
+        return super().__new__(cls, reason)
+
+
+@pytest.mark.parametrize("answer", [None, 3, "ab"], ids=repr)
+def test_an_answer_that_is_no_list_of_rows_is_refused(run: Callable[..., Any], answer: Any) -> None:
+    """Whatever a runner answers, its callers are answered too."""
+
+    async def odd(items: list[int]) -> list[int]:
+        return answer  # type: ignore[no-any-return]
+
+    async def raises(items: list[int]) -> list[int]:
+        raise Particular("of its own kind")
+
+    async def scenario() -> None:
+        for runner in (odd, raises):
+            (failure,) = await batcher_of(runner).submit([1], FAR)
+            assert isinstance(failure, InferenceFailed)
 
     run(scenario())
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from modelserve.errors import DeadlineExceeded, InferenceFailed, LoadFailed, NotReady
-from modelserve.execution import thread
+from modelserve.execution import batcher, thread
 from modelserve.execution.pool import Pool
 from modelserve.execution.thread import ThreadReplica
+from modelserve.ports import Replica
 from modelserve.signature import Field, Signature
 from modelserve.types import Columns, Row
 
@@ -32,6 +33,10 @@ class Model:
         self.threads.add(threading.get_ident())
         self.before(columns)
         return {"output": columns["x"] * 2}
+
+
+async def no_proof(_: Replica) -> None:
+    """Take a replica as it is."""
 
 
 def rows(*values: float) -> Sequence[Row]:
@@ -76,7 +81,7 @@ async def test_a_model_that_does_not_load_is_one_typed_error() -> None:
 
     pool = Pool(lambda: ThreadReplica(load, SIGNATURE), replicas=2, max_batch_size=8, queue_limit=8)
     with pytest.raises(LoadFailed, match="RuntimeError: no weights"):
-        await pool.start()
+        await pool.start(no_proof)
     await asyncio.to_thread(_join_replicas)
     assert threading.active_count() <= before + 1  # the executor's own thread, if it was not there before
 
@@ -96,7 +101,7 @@ async def test_whatever_a_model_raises_is_an_inference_failure(raised: BaseExcep
             raise raised
 
     pool = pool_of(Model(misbehave))
-    await pool.start()
+    await pool.start(no_proof)
     (failure,) = await pool.submit(rows(0.0), later())
     assert isinstance(failure, InferenceFailed)
     assert type(raised).__name__ in str(failure)
@@ -120,7 +125,7 @@ async def test_one_batch_at_a_time_per_replica() -> None:
             at_once -= 1
 
     pool = pool_of(Model(watch), Model(watch), max_batch_size=1)
-    await pool.start()
+    await pool.start(no_proof)
     answers = await asyncio.gather(*(pool.submit(rows(float(i)), later()) for i in range(10)))
     assert answers == [[2.0 * i] for i in range(10)]
     assert most == 2
@@ -133,15 +138,42 @@ async def test_a_hanging_model_does_not_hold_its_callers(
     """Callers are told at their deadline; stopping leaves the thread behind with a warning instead of hanging."""
     release = threading.Event()
     pool = pool_of(Model(lambda _: (release.wait(30), None)[1]))
-    await pool.start()
+    await pool.start(no_proof)
     with pytest.raises(DeadlineExceeded):
         await pool.submit(rows(1.0), later(0.05))
     monkeypatch.setattr(thread, "_STOP_S", 0.01)
-    replica = pool._replicas[0]
+    monkeypatch.setattr(batcher, "_CLOSE_S", 0.01)
     with caplog.at_level(logging.WARNING):
-        await replica.stop()
+        await pool.stop()
     assert "left behind" in caplog.text
     release.set()
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), RuntimeError("no weights")], ids=repr)
+async def test_whatever_loading_raises_is_a_load_failure(raised: BaseException) -> None:
+    """A model that exits while it is loaded is refused like any other that does not load; nothing hangs."""
+
+    def load() -> Model:
+        raise raised
+
+    replica = ThreadReplica(load, SIGNATURE)
+    with pytest.raises(LoadFailed, match=type(raised).__name__):
+        await replica.start()
+    await replica.stop()
+    assert not replica.alive
+
+
+async def test_an_answer_that_is_no_mapping_is_an_inference_failure() -> None:
+    """An adapter that answers nonsense fails its rows with a typed error."""
+
+    class Nonsense(Model):
+        def infer(self, columns: Columns) -> Columns:
+            return [1.0]  # type: ignore[return-value]
+
+    pool = pool_of(Nonsense())
+    await pool.start(no_proof)
+    (failure,) = await pool.submit(rows(1.0), later())
+    assert isinstance(failure, InferenceFailed)
     await pool.stop()
 
 
@@ -154,7 +186,7 @@ async def test_a_stopped_pool_finishes_its_batch_and_refuses_the_rest() -> None:
         release.wait(10)
 
     pool = pool_of(Model(hold), max_batch_size=1)
-    await pool.start()
+    await pool.start(no_proof)
     running = pool.submit(rows(1.0), later())
     await asyncio.to_thread(started.wait, 10)
     waiting = pool.submit(rows(2.0), later())
@@ -181,7 +213,7 @@ async def test_an_answer_that_does_not_match_its_rows_is_refused(answer: Columns
             return answer
 
     pool = pool_of(Lying())
-    await pool.start()
+    await pool.start(no_proof)
     (failure,) = await pool.submit(rows(1.0), later())
     assert isinstance(failure, InferenceFailed)
     await pool.stop()
