@@ -183,7 +183,11 @@ class AsyncModelServer:
             await asyncio.shield(self._closing)
         if self._opening is None:
             self._opening = asyncio.create_task(self._open(), name="modelserve-open")
-        await asyncio.shield(self._opening)
+        opening = self._opening
+        await asyncio.wait([opening])
+        if opening.cancelled():
+            raise NotReady("the server was closed while it started")
+        opening.result()
 
     async def close(self) -> None:
         """Refuse new requests, answer the ones in flight, free everything. Safe to call twice, also at once."""
