@@ -16,7 +16,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(DEMO) ## Train, register, serve and hot-reload a real model (KEEP=1 leaves it running)
-	KEEP="$(KEEP)" $(BIN)/python -m examples.demo
+	@KEEP="$(KEEP)" exec $(BIN)/python -m examples.demo
 
 test: $(DEV) ## Run every test against real servers (ARGS="-k name", ARGS=--cov)
 	$(BIN)/python -m pytest $(ARGS)
@@ -41,7 +41,7 @@ docs: $(DEV) ## Build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -n -W --keep-going -q docs docs/_build/html
 
 clean: ## Remove the environment and everything built
-	rm -rf $(VENV) docs/_build build dist .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .demo .hypothesis .coverage* benchmarks/results docs/_build build dist .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ _console = Console(highlight=False)
 
 def main() -> int:
     """Run the demo; the exit status tells whether every request was answered."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
     folder = Path(".demo").absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -56,12 +58,17 @@ def _register_two_versions(registry: ms.Registry, rows: pd.DataFrame) -> None:
     for version, train in (("1.0.0", flights.train_linear), ("2.0.0", flights.train_boosted)):
         started = time.perf_counter()
         model = train(past)
-        metrics = {"auc": round(flights.auc(model, march), 4)}
+        auc = round(flights.auc(model, march), 4)
         registry.register(
-            flights.MODEL, version, model, example=march[flights.INPUTS][:4], method="predict_proba", metrics=metrics
+            flights.MODEL,
+            version,
+            model,
+            example=march[flights.INPUTS][:4],
+            method="predict_proba",
+            metrics={"auc": auc},
         )
         spent = time.perf_counter() - started
-        _console.print(f"  registered {flights.MODEL} {version}: {train.__name__}, {metrics} ({spent:.1f} s)")
+        _console.print(f"  registered {flights.MODEL} {version}: {train.__name__}, AUC {auc} in March ({spent:.1f} s)")
 
 
 @contextlib.contextmanager
@@ -141,7 +148,8 @@ def _report(outcome: Outcome) -> None:
     _console.print(f"\n[bold]{answered:,} requests in {outcome.seconds:.1f} s: {answered / outcome.seconds:,.0f}/s")
     _console.print(f"  latency   p50 {p50:.1f} ms   p95 {p95:.1f} ms   p99 {p99:.1f} ms")
     _console.print(f"  answers   {by_version}")
-    _console.print(f"  failures  {sum(outcome.failures.values())} {dict(outcome.failures) or ''}")
+    told = "".join(f"   {count} × {what}" for what, count in outcome.failures.items())
+    _console.print(f"  failures  {sum(outcome.failures.values())}{told}")
 
 
 def _stay_if_asked(port: int, inputs: dict[str, Any]) -> None:
@@ -150,8 +158,9 @@ def _stay_if_asked(port: int, inputs: dict[str, Any]) -> None:
         return
     base, body = f"http://127.0.0.1:{port}", json.dumps(inputs)
     _console.print(f"\n[bold]Running at {base} until Ctrl-C. Try:")
-    _console.print(f"curl {base}/ml/predict/{flights.MODEL} --json '{{\"inputs\": {body}}}'", soft_wrap=True)
-    _console.print(f"curl {base}/flights/delay --json '{body}'", soft_wrap=True)
+    as_json = "-H 'content-type: application/json' -d"
+    _console.print(f"curl {base}/ml/predict/{flights.MODEL} {as_json} '{{\"inputs\": {body}}}'", soft_wrap=True)
+    _console.print(f"curl {base}/flights/delay {as_json} '{body}'", soft_wrap=True)
     _console.print(f"curl {base}/ml/models/{flights.MODEL}\ncurl {base}/ml/health/ready\ncurl {base}/ml/openapi.json")
     with contextlib.suppress(KeyboardInterrupt):
         while True:

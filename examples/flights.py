@@ -36,7 +36,7 @@ def load_flights(months: tuple[int, ...] = (1, 2, 3)) -> pd.DataFrame:
     rows = flights[flights["month"].isin(months)].merge(weather, on=["origin", "year", "month", "day", "hour"])
     rows["weekday"] = pd.to_datetime(rows[["year", "month", "day"]]).dt.weekday.astype("int64")
     rows["late"] = rows["arr_delay"] > _LATE_MINUTES
-    return rows[[*INPUTS, "month", "late"]].dropna()
+    return rows[[*INPUTS, "month", "late"]].dropna().round({"wind_speed": 1})
 
 
 def train_linear(rows: pd.DataFrame) -> Pipeline:

@@ -371,6 +371,9 @@ class _Keeper:
         self.reached = state.generation
         self.tried.set()
         if before is None or before.production is not production:
+            _log.info(
+                "%s %s serves from now on (generation %d)", self._model_name, production.meta.version, state.generation
+            )
             self._observers.emit(VersionLoaded(self._model_name, production.meta.version, state.generation))
 
     # -- what is no longer wanted --------------------------------------------------------------------------

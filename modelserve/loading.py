@@ -13,11 +13,11 @@ from modelserve import plugins
 from modelserve.artifacts import ArtifactStore, DiskCache, Lease
 from modelserve.config import ModelOptions
 from modelserve.errors import InferenceFailed, LoadFailed
-from modelserve.execution.pool import Pool, rows_of
+from modelserve.execution.pool import Pool
 from modelserve.execution.thread import ThreadReplica
 from modelserve.ports import Model, Replica
 from modelserve.signature import Signature
-from modelserve.types import Artifact, Json, ModelVersion, Row
+from modelserve.types import Artifact, Json, ModelVersion
 
 _WARM_UP_LIMIT_S: Final = 60.0
 _LOAD_LIMIT_S: Final = 600.0  # a hang, not a large model
@@ -158,7 +158,7 @@ class Proof:
             async with asyncio.timeout(_WARM_UP_LIMIT_S):
                 await self._warm_up(replica)
                 if self._expected is not None:
-                    _compare(self._expected, await _answers(replica, self._rows))
+                    _compare(self._expected, await replica.infer(self._rows))
         except TimeoutError as error:
             raise LoadFailed(f"the warm-up did not end within {_WARM_UP_LIMIT_S:.0f} s") from error
         except InferenceFailed as error:
@@ -169,14 +169,10 @@ class Proof:
         loop, size = asyncio.get_running_loop(), 1
         while size <= self._largest_batch:
             started = loop.time()
-            await _answers(replica, [self._rows[i % len(self._rows)] for i in range(size)])
+            await replica.infer([self._rows[i % len(self._rows)] for i in range(size)])
             if loop.time() - started > _SLOW_BATCH_S:
                 return
             size *= 2
-
-
-async def _answers(replica: Replica, rows: list[Row]) -> list[Json]:
-    return rows_of(await replica.infer(rows), len(rows))
 
 
 def _compare(expected: list[Json], answers: list[Json]) -> None:

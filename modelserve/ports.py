@@ -59,8 +59,11 @@ class Replica(Protocol):
         """Load the model. Raises ``LoadError``."""
         ...
 
-    def infer(self, rows: Sequence[Row]) -> asyncio.Future[Columns]:
-        """Stack the rows and run them as one batch. Fails with ``ExecutionError``."""
+    def infer(self, rows: Sequence[Row]) -> asyncio.Future[list[Json]]:
+        """Run the rows as one batch; give one plain value per row, in order. Fails with ``ExecutionError``.
+
+        Where rows become columns, and columns values again, is the replica's business.
+        """
         ...
 
     async def stop(self) -> None:

@@ -388,7 +388,7 @@ def test_nobody_is_left_waiting_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -
         (["versions", "nope"], "no model named 'nope'"),
         (["history", "nope"], "no model named 'nope'"),
         (["promote", "churn", "9"], "model 'churn' has no version '9'"),
-        (["rollback", "churn"], "nothing was in production before"),
+        (["rollback", "churn"], "no earlier version to go back to"),
         (["--registry", "mysql://host/db", "models"], "not in mysql://"),
         (["--registry", "sqlite:////nowhere/at/all.db", "models"], "unavailable"),
         (["--config", "nowhere.toml", "models"], "no configuration file at nowhere.toml"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 workers = 2
@@ -14,6 +15,7 @@ def post_worker_init(worker: Any) -> None:
     from examples.flask_app.app import server  # noqa: PLC0415  # after the fork
 
     server.start()
+    gc.freeze()  # what is loaded by now stays: no garbage collection has to look at it again
     worker.log.info("models ready: %s", [status.model_name for status in server.status()])
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from modelserve.errors import InferenceFailed
-from modelserve.execution.batcher import Batcher, Runner
+from modelserve.execution.batcher import Batcher
 from modelserve.ports import Replica
-from modelserve.signature import unstack
-from modelserve.types import Columns, Json, Row
+from modelserve.types import Json, Row
 
 
 class Pool:
@@ -41,7 +39,7 @@ class Pool:
                 await self.stop()
                 raise outcome
         for replica in self._replicas:
-            self._batcher.add(_runner(replica))
+            self._batcher.add(replica.infer)
 
     def submit(self, rows: Sequence[Row], deadline: float) -> asyncio.Future[Sequence[Json | Exception]]:
         """Queue the rows of one request; see :meth:`Batcher.submit`."""
@@ -66,20 +64,3 @@ class Pool:
 async def _start(replica: Replica, prove: Callable[[Replica], Awaitable[None]]) -> None:
     await replica.start()
     await prove(replica)
-
-
-def _runner(replica: Replica) -> Runner[Row, Json]:
-    async def run(rows: list[Row]) -> list[Json]:
-        return rows_of(await replica.infer(rows), len(rows))
-
-    return run
-
-
-def rows_of(outputs: Columns, rows: int) -> list[Json]:
-    """Return one plain value per row of a model's answer. Raises ``InferenceFailed`` for what is no answer to them."""
-    try:
-        return unstack(outputs, rows)
-    except InferenceFailed:
-        raise
-    except Exception as error:
-        raise InferenceFailed(f"the model answered what cannot be read: {type(error).__name__}: {error}") from error

@@ -16,8 +16,8 @@ from typing import Any
 
 from modelserve.errors import InferenceFailed, LoadError, LoadFailed, NotReady
 from modelserve.ports import Model
-from modelserve.signature import Signature
-from modelserve.types import Columns, Row
+from modelserve.signature import Signature, unstack
+from modelserve.types import Json, Row
 
 _log = logging.getLogger("modelserve")
 _STOP_S = 5.0  # how long stop() waits for a batch that does not end
@@ -46,8 +46,8 @@ class ThreadReplica:
         except Exception as error:
             raise LoadFailed(f"the model did not load: {type(error).__name__}: {error}") from error
 
-    def infer(self, rows: Sequence[Row]) -> asyncio.Future[Columns]:
-        """Stack the rows and run the model on them, both in the replica's thread."""
+    def infer(self, rows: Sequence[Row]) -> asyncio.Future[list[Json]]:
+        """Stack the rows, run the model on them and unstack its answer, all in the replica's thread."""
         return self._call(lambda: self._infer(rows))
 
     async def stop(self) -> None:
@@ -76,10 +76,10 @@ class ThreadReplica:
             self._inbox.put((work, future))
         return future
 
-    def _infer(self, rows: Sequence[Row]) -> Columns:
+    def _infer(self, rows: Sequence[Row]) -> list[Json]:
         assert self._model is not None  # infer() comes after start()
         try:
-            return self._model.infer(self._signature.stack(rows))
+            return unstack(self._model.infer(self._signature.stack(rows)), len(rows))
         except InferenceFailed:
             raise
         except BaseException as error:

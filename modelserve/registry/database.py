@@ -127,7 +127,8 @@ def _parse(text: str) -> sa.URL:
         url = sa.make_url(text)
     except (sa.exc.ArgumentError, ValueError):
         # The cause is left out: it may quote a part of the password.
-        raise ConfigError("the registry's URL cannot be read; special characters in it must be %-encoded") from None
+        hint = "special characters in it must be %-encoded" if "://" in text else "a file is sqlite:///models.db"
+        raise ConfigError(f"the registry's URL cannot be read; {hint}") from None
     if url.drivername not in _DRIVERS:
         msg = f"the registry keeps its rows in sqlite:// or postgresql://, not in {url.drivername}://"
         raise ConfigError(msg)

@@ -244,11 +244,11 @@ class Registry:
         """Put the previous version back into production and archive the present one; return the former.
 
         Can be repeated back to the first version ever promoted. Raises ``ModelNotFound``, and ``InvalidTransition``
-        when nothing was in production before.
+        when there is no earlier version to go back to.
         """
         with self._change(model_name, "rollback", actor, reason) as change:
             if change.previous is None:
-                raise InvalidTransition(model_name, None, "nothing was in production before; promote a version")
+                raise InvalidTransition(model_name, None, "there is no earlier version to go back to; promote one")
             earlier = standing(read_events(change.connection, model_name))[:-2]
             before = require_version(change.connection, model_name, earlier[-1]) if earlier else None
             return change.produce(change.previous, previous=before)

@@ -63,7 +63,7 @@ async def test_a_replica_answers_in_its_own_thread(no_blocking: None) -> None:
     await replica.start()
     assert replica.alive
     answer = await replica.infer(rows(1.0, 2.0))
-    assert np.array_equal(answer["output"], [2.0, 4.0])
+    assert answer == [2.0, 4.0]
     assert model.threads.isdisjoint({threading.get_ident()})
     await replica.stop()
     await replica.stop()

@@ -177,6 +177,9 @@ def _trusted_types(path: Path, trusted: Sequence[str]) -> list[str]:
     _require_zip(path)
     found = set(plugins.require("skops.io").get_untrusted_types(file=path))
     unknown = sorted(found - _PARTS_OF_SKLEARN - set(trusted))
+    local = next((name for name in unknown if "<" in name or name.startswith("__main__.")), None)
+    if local is not None:
+        raise InvalidInput("model", f"{local} cannot be imported where the model is served; define it in a module")
     if unknown:
         raise ArtifactUnsafe(
             f"the model holds types that skops does not trust: {', '.join(unknown)}; "
