@@ -299,9 +299,10 @@ async def test_several_starts_and_closes_at_once_are_one(registry: ms.Registry, 
     assert len([task for task in asyncio.all_tasks() if task.get_name() == "modelserve-poll"]) == 1
     await asyncio.gather(server.close(), server.close())
     assert [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("modelserve")] == []
-    for thread in set(threading.enumerate()) - before:
+    started = [each for each in set(threading.enumerate()) - before if each.name.startswith("modelserve")]
+    for thread in started:
         await asyncio.to_thread(thread.join, 10)
-    assert not {thread.name for thread in threading.enumerate() if thread.name.startswith("modelserve")}
+    assert not any(thread.is_alive() for thread in started)
 
 
 async def test_a_close_overtakes_a_start(registry: ms.Registry, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ def stack_column(field: Field, values: tuple[Any, ...]) -> Array:
     if not field.shape:
         return np.array(values, dtype=field.numpy_dtype)
     if len(values) == 1:
-        return values[0][np.newaxis]  # type: ignore[no-any-return]
+        array: Array = values[0][np.newaxis]
+        return array if array.flags.writeable else array.copy()  # a model may work in place
     return np.concatenate(values).reshape(len(values), *field.shape)
 
 

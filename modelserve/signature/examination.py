@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, Final, NoReturn, TypeAlias
@@ -18,6 +19,7 @@ from modelserve.types import Array
 Examine: TypeAlias = Callable[[Any], Any]
 
 _NUMBERS: Final = (int, float)
+_SHORT: Final = 1024  # elements: what is worth passing as arguments
 # The kinds of arrays that are taken whole; what else may fit is examined element by element.
 _KINDS_INTO: Final = {"f": "fiu", "i": "iu", "u": "iu", "b": "b", "O": ""}
 
@@ -139,11 +141,12 @@ def _refuse(field: Field, value: Any) -> NoReturn:
 def _tensor_examiner(field: Field, examine_element: Examine) -> Examine:
     fits, dtype = BLOCK_CHECKS[field.dtype], field.numpy_dtype
     flat_size = field.shape[0] if len(field.shape) == 1 else None
+    take = _list_reader(field)
 
     def examine(value: Any) -> Array:
         # The commonest tensor is a plain list of numbers: take it whole if all its elements fit at once.
         if type(value) is list and len(value) == flat_size and fits(value):
-            return np.array(value, dtype=dtype)
+            return take(value)
         array = _as_array(field, value)
         if array is not None and array.dtype.kind in _KINDS_INTO[dtype.kind]:
             return _cast_in_range(field, array)
@@ -153,6 +156,15 @@ def _tensor_examiner(field: Field, examine_element: Examine) -> Examine:
         return np.array(elements, dtype=dtype).reshape(field.shape)
 
     return examine
+
+
+def _list_reader(field: Field) -> Callable[[list[Any]], Array]:
+    """Return what makes an array of a list that fits: for short lists of doubles in half the time of ``np.array``."""
+    dtype, size = field.numpy_dtype, math.prod(field.shape)
+    if field.dtype == "float64" and size <= _SHORT:
+        pack = struct.Struct(f"={size}d").pack
+        return lambda value: np.frombuffer(pack(*value))
+    return lambda value: np.array(value, dtype=dtype)
 
 
 def _as_array(field: Field, value: Any) -> Array | None:
