@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime as dt
+import logging
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -473,8 +474,8 @@ def test_models_that_are_not_configured_are_not_served() -> None:
     run(scenario, models={"other": ModelOptions()})
 
 
-def test_events_tell_each_takeover_once() -> None:
-    """One ``VersionLoaded`` per takeover, with the generation that wanted it."""
+def test_events_tell_each_takeover_once(caplog: pytest.LogCaptureFixture) -> None:
+    """One ``VersionLoaded`` per takeover, with the generation that wanted it, and a line in the log."""
 
     async def scenario(world: World) -> None:
         world.registry.promote(1)
@@ -485,8 +486,10 @@ def test_events_tell_each_takeover_once() -> None:
         await world.hint()
         await asyncio.sleep(1)
 
-    told = [event for event in run(scenario).events if isinstance(event, VersionLoaded)]
+    with caplog.at_level(logging.INFO, "modelserve"):
+        told = [event for event in run(scenario).events if isinstance(event, VersionLoaded)]
     assert told == [VersionLoaded("m", "1", 1), VersionLoaded("m", "2", 3)]
+    assert "m 2 serves from now on (generation 3)" in caplog.text
 
 
 def do(world: World, action: str, number: int) -> None:

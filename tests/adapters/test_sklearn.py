@@ -149,6 +149,13 @@ def test_types_that_need_trust_are_named_at_registration(tmp_path: Path) -> None
     FRAMEWORK.load(saved.path, saved.format, saved.load_options)
 
 
+def test_a_function_that_cannot_be_imported_elsewhere_is_refused(tmp_path: Path) -> None:
+    """A lambda is not offered for trust: no trust would make it load where the model is served."""
+    model = make_pipeline(FunctionTransformer(lambda x: x * 2), LinearRegression()).fit(DIABETES, PROGRESS)
+    with pytest.raises(InvalidInput, match="define it in a module"):
+        FRAMEWORK.save(model, tmp_path, {})
+
+
 def test_what_was_not_trusted_at_registration_is_not_loaded(tmp_path: Path) -> None:
     """The list written down at registration is the whole list: a file with more in it is refused."""
     saved = FRAMEWORK.save(RandomForestClassifier(2).fit(CANCER, MALIGNANT), tmp_path, {})

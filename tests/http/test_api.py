@@ -139,6 +139,19 @@ def test_a_request_id_is_repeated_if_it_is_fit_to_be_logged(call: Caller, sent: 
     assert fit or UUID7.fullmatch(problem["request_id"])
 
 
+# -- bodies that cost more than they weigh -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filling", [b"[]", b"{}"])
+def test_a_body_full_of_containers_is_refused_unparsed(call: Caller, filling: bytes) -> None:
+    """A body of few bytes but very many lists or objects is a 413 before it can hold up the event loop."""
+    body = b'{"inputs": [' + b",".join([filling] * 300_000) + b"]}"
+    answer = call("POST", "/predict/tiles", body, [JSON])
+    assert answer.status == 413
+    assert "300" in answer.problem()["detail"]
+    assert call("POST", "/predict/tiles", b'{"inputs": {"x": [[1, 2, 3], [4, 5, 6]]}}', [JSON]).status == 200
+
+
 # -- requests that do not fit ------------------------------------------------------------------------------
 
 
