@@ -198,6 +198,9 @@ class Batcher(Generic[In, Out]):
         now = self._loop.time()
         if self._halves:
             return [part for part in self._halves.popleft() if _wanted(part[0], now)]
+        if self.waiting <= self._max_rows:  # the ordinary case: all that waits goes
+            calls, self._queue, self.waiting = self._queue, deque(), 0
+            return [(call, call.taken, len(call.items)) for call in calls if _wanted(call, now)]
         parts: list[_Part[In, Out]] = []
         room = self._max_rows
         while self._queue and room:

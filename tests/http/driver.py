@@ -72,7 +72,7 @@ def strict_json(text: bytes) -> Any:
 
 _CLASSES = {name for name, value in vars(errors).items() if isinstance(value, type) and name != "Any"}
 _SECRET = re.compile(
-    r"Traceback|\bFile \"|\.py\b|site-packages|/home/|/tmp/|/root/|/secret/|://|password|sqlite|postgres"
+    r"Traceback|\bFile \"|\.py\b|site-packages|/(?:home|tmp|root|secret)/|://|password|sqlite|postgres"
     rf"|\b[A-Z]\w*(?:Error|Exception|Warning)\b|\b(?:{'|'.join(_CLASSES)})\b|modelserve\.\w"
 )
 
