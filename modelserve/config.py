@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -20,8 +20,10 @@ from pydantic_settings import (
 )
 
 from modelserve.errors import ConfigError
+from modelserve.types import Scaling
 
 AUTO_BATCH_SIZE = 256
+_Replicas: TypeAlias = Annotated[int, Field(ge=1, le=64)]
 
 
 class ModelOptions(BaseModel):
@@ -30,12 +32,16 @@ class ModelOptions(BaseModel):
     ======================  =============  =====================================================================
     option                  default        means
     ======================  =============  =====================================================================
-    ``executor``            ``"thread"``   who runs the model
-    ``replicas``            ``1``          how many copies of it run side by side
-    ``max_batch_size``      ``"auto"``     most rows in one batch
+    ``executor``            ``"thread"``   who runs the model: a thread of this process, or a ``"process"`` of its own
+    ``replicas``            ``1``          how many copies of it run side by side, or from how many to how many
+    ``scaling``             ``Scaling()``  when a pool of ``(min, max)`` replicas grows and shrinks
+    ``max_batch_size``      ``"auto"``     most rows in one batch (``"auto"``: as many as ``slo_ms`` allows)
     ``max_wait_ms``         ``0``          how long a partial batch waits for company (0: it never waits)
     ``queue_limit``         ``1024``       most rows that wait; beyond it requests get ``Overloaded``
     ``timeout_ms``          ``1000``       default deadline of a request
+    ``slo_ms``              ``100``        the latency that batching and admission aim for
+    ``start_limit_s``       ``600``        how long a replica may take to load and warm up
+    ``hang_limit_s``        ``1``          how long a batch may run on after the last of its callers has given up
     ``keep_previous``       ``True``       keep the version before loaded, so that a rollback is instant
     ``allow_pickle``        ``False``      load artifacts that are pickles, which can run code
     ======================  =============  =====================================================================
@@ -43,18 +49,34 @@ class ModelOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    executor: Literal["thread"] = "thread"
-    replicas: int = Field(default=1, ge=1, le=64)
+    executor: Literal["thread", "process"] = "thread"
+    replicas: _Replicas | tuple[_Replicas, _Replicas] = 1
+    scaling: Scaling = Scaling()
     max_batch_size: PositiveInt | Literal["auto"] = "auto"
     max_wait_ms: float = Field(default=0.0, ge=0, le=10_000)
     queue_limit: int = Field(default=1024, ge=1)
     timeout_ms: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
+    slo_ms: float = Field(default=100.0, gt=0, allow_inf_nan=False)
+    start_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    hang_limit_s: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     keep_previous: bool = True
     allow_pickle: bool = False
 
+    @field_validator("replicas")
+    @classmethod
+    def _in_order(cls, replicas: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(replicas, tuple) and replicas[0] > replicas[1]:
+            raise ValueError("the first of two numbers is the smaller one: (min, max)")
+        return replicas
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """Fewest and most replicas."""
+        return self.replicas if isinstance(self.replicas, tuple) else (self.replicas, self.replicas)
+
     @property
     def batch_rows(self) -> int:
-        """Most rows in one batch, as a number."""
+        """Most rows in one batch, as a number; what ``"auto"`` never goes beyond."""
         return AUTO_BATCH_SIZE if self.max_batch_size == "auto" else self.max_batch_size
 
 

@@ -54,7 +54,48 @@ class VersionUnloaded:
     version: str
 
 
-Event: TypeAlias = Served | VersionLoaded | LoadRejected | VersionUnloaded
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A replica died or was killed; another is started after ``retry_s``."""
+
+    model_name: str
+    version: str
+    reason: str
+    retry_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CircuitOpened:
+    """A version's workers died ``deaths`` times in a short time: it is not ready, and restarts are rare now."""
+
+    model_name: str
+    version: str
+    deaths: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CircuitClosed:
+    """A version whose workers kept dying has been well for a while."""
+
+    model_name: str
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolScaled:
+    """The pool of a version grew or shrank, because on average ``depth`` rows waited."""
+
+    model_name: str
+    version: str
+    before: int
+    after: int
+    depth: float
+
+
+Event: TypeAlias = (
+    Served | VersionLoaded | LoadRejected | VersionUnloaded | WorkerLost | CircuitOpened | CircuitClosed | PoolScaled
+)
 Observer: TypeAlias = Callable[[Event], None]
 
 

@@ -20,7 +20,7 @@ from modelserve.errors import ModelNotFound, ModelServeError, NotReady, VersionN
 from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
 from modelserve.loading import LoadedVersion, Loader
 from modelserve.ports import ChangeHints
-from modelserve.types import DeploymentState, ModelVersion
+from modelserve.types import DeploymentState, ModelVersion, PoolStatus
 
 _log = logging.getLogger("modelserve")
 _FIRST_RETRY_S: Final = 1.0
@@ -63,6 +63,7 @@ class ModelStatus:
 
     ``wanted`` and ``applied`` are generations: the one last read, and the one served. ``target`` is the version wanted
     in production, ``production`` the one that answers; they differ while the former loads, or when it was refused.
+    ``pool`` is the one of the latter.
     """
 
     model_name: str
@@ -75,6 +76,7 @@ class ModelStatus:
     loading: str | None
     problem: str | None
     queue_depth: int
+    pool: PoolStatus | None
 
 
 class Live:
@@ -266,6 +268,7 @@ class _Keeper:
             loading=self._loading[0].version if self._loading else None,
             problem=self.problem,
             queue_depth=now.production.pool.queue_depth if now else 0,
+            pool=now.production.pool.status() if now else None,
         )
 
     async def stop(self) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
+from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
+from pathlib import Path
 from typing import Any, Final, Self
 
 import orjson
@@ -13,15 +17,19 @@ from modelserve import plugins
 from modelserve.artifacts import ArtifactStore, DiskCache, Lease
 from modelserve.config import ModelOptions
 from modelserve.errors import InferenceFailed, LoadFailed
-from modelserve.execution.pool import Pool
+from modelserve.events import Event, Observers
+from modelserve.execution.pool import Pool, PoolOptions
+from modelserve.execution.process import ProcessReplica, WorkerSpec
+from modelserve.execution.seat import Infer
 from modelserve.execution.thread import ThreadReplica
 from modelserve.ports import Model, Replica
 from modelserve.signature import Signature
 from modelserve.types import Artifact, Json, ModelVersion
 
 _WARM_UP_LIMIT_S: Final = 60.0
-_LOAD_LIMIT_S: Final = 600.0  # a hang, not a large model
 _SLOW_BATCH_S: Final = 0.25  # larger buckets of a model this slow would delay the swap more than they warm
+_WARM_UP_RUNS: Final = 3
+_QUICK_S: Final = 0.01
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-6  # what another CPU's kernels may change in the last digits of a float32
 
 
@@ -64,9 +72,15 @@ class LoadedVersion:
 
 
 class Loader:
-    """Takes versions into service, with blocking work (downloads, hashing) on ``executor``."""
+    """Takes versions into service, with blocking work (downloads, hashing) on ``executor``.
 
-    def __init__(self, store: ArtifactStore, cache: DiskCache, executor: Executor) -> None:
+    ``observers`` are told what happens to their pools.
+    """
+
+    def __init__(
+        self, store: ArtifactStore, cache: DiskCache, executor: Executor, observers: Observers | None = None
+    ) -> None:
+        self._observers = observers or Observers()
         self._store = store
         self._cache = cache
         self._executor = executor
@@ -78,14 +92,10 @@ class Loader:
         """
         signature = Signature.from_json(meta.signature)
         artifact = await self._fetch(meta.artifact)
-        pool = _pool_for(meta, options, signature, artifact)
+        pool = _pool_for(meta, options, signature, artifact, self._observers.emit)
         try:
             proof = Proof(signature, await self._example(meta), largest_batch=options.batch_rows)
-            async with asyncio.timeout(_LOAD_LIMIT_S):
-                await pool.start(proof)
-        except TimeoutError as error:
-            await asyncio.shield(_discard(pool, artifact))
-            raise LoadFailed(f"the model did not load within {_LOAD_LIMIT_S:.0f} s") from error
+            await pool.start(proof)
         except BaseException:
             await asyncio.shield(_discard(pool, artifact))
             raise
@@ -111,18 +121,52 @@ class Loader:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
 
 
-def _pool_for(meta: ModelVersion, options: ModelOptions, signature: Signature, artifact: Lease) -> Pool:
-    def load() -> Model:
-        framework = plugins.framework(meta.framework)
-        return framework.load(artifact.path, meta.artifact.format, meta.load_options, allow_pickle=options.allow_pickle)
-
-    return Pool(
-        lambda: ThreadReplica(load, signature, name=f"modelserve-{meta.model_name}-{meta.version}"),
-        replicas=options.replicas,
-        max_batch_size=options.batch_rows,
+def _pool_for(
+    meta: ModelVersion, options: ModelOptions, signature: Signature, artifact: Lease, tell: Callable[[Event], None]
+) -> Pool:
+    make_replica = _process_replica if options.executor == "process" else _thread_replica
+    smallest, largest = options.replica_range
+    pool_options = PoolOptions(
+        smallest=smallest,
+        largest=largest,
+        max_rows=options.batch_rows,
+        adaptive=options.max_batch_size == "auto",
         queue_limit=options.queue_limit,
         max_wait_s=options.max_wait_ms / 1000,
+        slo_s=options.slo_ms / 1000,
+        start_limit_s=options.start_limit_s,
+        hang_limit_s=options.hang_limit_s,
+        scaling=options.scaling,
     )
+    return Pool(
+        partial(make_replica, meta, options, signature, artifact.path),
+        pool_options,
+        fingerprint=lambda row: hashlib.sha256(signature.canonical(row)).digest(),
+        model_name=meta.model_name,
+        version=meta.version,
+        tell=tell,
+    )
+
+
+def _thread_replica(meta: ModelVersion, options: ModelOptions, signature: Signature, path: Path) -> Replica:
+    def load() -> Model:
+        framework = plugins.framework(meta.framework)
+        return framework.load(path, meta.artifact.format, meta.load_options, allow_pickle=options.allow_pickle)
+
+    return ThreadReplica(load, signature, name=f"modelserve-{meta.model_name}-{meta.version}")
+
+
+def _process_replica(meta: ModelVersion, options: ModelOptions, signature: Signature, path: Path) -> Replica:
+    spec = WorkerSpec(
+        framework=plugins.framework_path(meta.framework),
+        path=str(path),
+        format=meta.artifact.format,
+        load_options=meta.load_options,
+        signature=signature.to_json(),
+        allow_pickle=options.allow_pickle,
+        replicas=options.replica_range[1],
+    )
+    return ProcessReplica(spec, signature, name=f"modelserve-{meta.model_name}-{meta.version}")
 
 
 def _release(fetching: asyncio.Future[Lease]) -> None:
@@ -150,26 +194,33 @@ class Proof:
         self._expected = None if example is None else example["outputs"]
         self._largest_batch = largest_batch
 
-    async def __call__(self, replica: Replica) -> None:
-        """Raise ``LoadFailed`` unless the replica answers."""
+    async def __call__(self, infer: Infer) -> None:
+        """Raise ``LoadFailed`` unless the replica behind ``infer`` answers."""
         if not self._rows:
             return
         try:
             async with asyncio.timeout(_WARM_UP_LIMIT_S):
-                await self._warm_up(replica)
+                await self._warm_up(infer)
                 if self._expected is not None:
-                    _compare(self._expected, await replica.infer(self._rows))
+                    _compare(self._expected, await infer(self._rows))
         except TimeoutError as error:
             raise LoadFailed(f"the warm-up did not end within {_WARM_UP_LIMIT_S:.0f} s") from error
         except InferenceFailed as error:
             raise LoadFailed(f"the warm-up failed: {error}") from error
 
-    async def _warm_up(self, replica: Replica) -> None:
-        """Run every batch size that is a power of two, so that no request pays for a first time."""
+    async def _warm_up(self, infer: Infer) -> None:
+        """Run every batch size that is a power of two, so that no request pays for a first time.
+
+        Each is run a few times if that is quick: the first run of a size tells little about what the next will cost.
+        """
         loop, size = asyncio.get_running_loop(), 1
         while size <= self._largest_batch:
+            rows = [self._rows[i % len(self._rows)] for i in range(size)]
             started = loop.time()
-            await replica.infer([self._rows[i % len(self._rows)] for i in range(size)])
+            for _ in range(_WARM_UP_RUNS):
+                await infer(rows)
+                if loop.time() - started > _QUICK_S:
+                    break
             if loop.time() - started > _SLOW_BATCH_S:
                 return
             size *= 2

@@ -37,12 +37,20 @@ def framework(name: str) -> Framework:
 
     Raises ``ConfigError`` for an unknown name and ``MissingDependency`` when its package is not installed.
     """
+    return cast("Framework", resolve(framework_path(name))())
+
+
+def framework_path(name: str) -> str:
+    """Return the dotted path of a framework's adapter, ``"package.module:Class"``, without importing it.
+
+    Raises ``ConfigError`` for an unknown name.
+    """
     target = FRAMEWORKS.get(name) or _entry_point("modelserve.frameworks", name)
     if target is None:
         known = ", ".join(sorted(FRAMEWORKS))
         msg = f"unknown framework {name!r}; known: {known}"
         raise ConfigError(msg)
-    return cast("Framework", resolve(target)())
+    return target
 
 
 def framework_of(model: object) -> str:

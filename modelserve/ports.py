@@ -53,7 +53,10 @@ class Framework(Protocol):
 
 
 class Replica(Protocol):
-    """One worker that holds one loaded model and runs one batch at a time."""
+    """One worker that holds one loaded model and runs one batch at a time, in the order they were handed to it.
+
+    All of it is called from one event loop.
+    """
 
     async def start(self) -> None:
         """Load the model. Raises ``LoadError``."""
@@ -62,7 +65,9 @@ class Replica(Protocol):
     def infer(self, rows: Sequence[Row]) -> asyncio.Future[list[Json]]:
         """Run the rows as one batch; give one plain value per row, in order. Fails with ``ExecutionError``.
 
-        Where rows become columns, and columns values again, is the replica's business.
+        Where rows become columns, and columns values again, is the replica's business. A second batch may be
+        handed over while the first one runs. When the replica dies, the batch that ran fails with ``WorkerDied``
+        and one that was not begun with :class:`NotRun`.
         """
         ...
 
@@ -70,8 +75,26 @@ class Replica(Protocol):
         """Finish the running batch, free the model. Safe to call twice."""
         ...
 
+    def kill(self, reason: str) -> None:
+        """Take no more batches and give up the one that runs, at once; the replica ends as soon as it can."""
+        ...
+
+    async def ended(self) -> str:
+        """Wait until nothing is left of it, whether it was stopped, killed or died by itself; say what happened."""
+        ...
+
     @property
-    def alive(self) -> bool: ...
+    def alive(self) -> bool:
+        """Whether it can take a batch."""
+        ...
+
+    def detail(self) -> Mapping[str, Json]:
+        """Tell about itself what its kind has to tell."""
+        ...
+
+
+class NotRun(Exception):
+    """A replica has ended before it began this batch: another may run it as if nothing had happened."""
 
 
 class ChangeHints(Protocol):

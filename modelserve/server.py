@@ -254,7 +254,7 @@ class AsyncModelServer:
 
     def _open_loader(self) -> Loader:
         cache = DiskCache(self._cache_dir, max_bytes=self._cache_bytes)
-        return Loader(self.registry.artifacts, cache, self._loads)
+        return Loader(self.registry.artifacts, cache, self._loads, self._observers)
 
 
 class ModelServer:

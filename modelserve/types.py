@@ -85,6 +85,74 @@ class DeploymentEvent:
     occurred_at: dt.datetime
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """When a pool grows and shrinks by one replica, between its smallest and its largest number.
+
+    It grows when on average more than ``out_above`` rows waited over the last ``out_after_s`` seconds, shrinks when
+    never as many as ``in_below`` did over the last ``in_after_s``, and then leaves it at that for ``cooldown_s``.
+    """
+
+    out_above: float = 50.0
+    out_after_s: float = 2.0
+    in_below: float = 5.0
+    in_after_s: float = 180.0
+    cooldown_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.in_below < self.out_above:
+            raise ValueError("in_below must be at least 0 and lower than out_above, or the pool would never rest")
+        if min(self.out_after_s, self.in_after_s, self.cooldown_s) < 0.0:
+            raise ValueError("a number of seconds cannot be negative")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BatchStats:
+    """What a batcher did since it was made.
+
+    ``sizes`` counts batches by their number of rows, rounded up to a power of two. ``reasons`` counts them by why they
+    left: ``full``, ``idle`` (a runner was free) or ``staged`` (to follow the batch that runs). ``refused`` counts
+    calls by why: ``full`` (the queue) or ``late`` (their deadline). ``max_rows`` is the batch size in force; a batch
+    of n rows is expected to take ``fixed_s + n * per_row_s`` seconds (None until two sizes were seen).
+    """
+
+    batches: int
+    sizes: Mapping[int, int]
+    reasons: Mapping[str, int]
+    refused: Mapping[str, int]
+    quarantined: int
+    max_rows: int
+    fixed_s: float | None
+    per_row_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """One place in a pool: ``state`` is starting, ready, hung, waiting (for its next start) or leaving.
+
+    ``detail`` is what the replica tells of itself: its process, the batches that it ran in place.
+    """
+
+    state: str
+    restarts: int
+    detail: Mapping[str, Json]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStatus:
+    """Where the pool of one version stands. ``circuit_open``: its workers keep dying, restarts are rare now."""
+
+    replicas: tuple[ReplicaStatus, ...]
+    smallest: int
+    largest: int
+    queue_depth: int
+    circuit_open: bool
+    restarts: int
+    scaled_out: int
+    scaled_in: int
+    batches: BatchStats
+
+
 class Prediction(NamedTuple):
     """The answer to one row.
 

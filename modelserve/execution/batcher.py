@@ -2,133 +2,195 @@
 
 The one batching primitive of modelserve. It belongs to one event loop and needs neither lock nor task per call:
 a call goes to the end of a queue, and at the end of the loop's present turn every idle runner takes what waits, up
-to ``max_rows``. While all runners are busy the queue grows, and with it the next batch. A lone call therefore
-waits for nothing, and a crowd is batched without a timer.
+to a batch. While all runners are busy the queue grows, and with it the next batch. A lone call therefore waits for
+nothing, and a crowd is batched without a timer.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from functools import partial
+from typing import Final, Generic, TypeAlias, TypeVar
 
-from modelserve.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from modelserve.errors import InferenceFailed, Overloaded, WorkerDied
+from modelserve.execution.admission import Admission
+from modelserve.execution.calls import Call, Part, error_of, fail, going, halve, items_of, scatter
+from modelserve.execution.quarantine import Quarantine
+from modelserve.ports import NotRun
+from modelserve.types import BatchStats
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 Runner: TypeAlias = Callable[[list[In]], Awaitable[Sequence[Out]]]
-"""Runs one batch at a time and answers one result per item, in order."""
+"""Runs one batch at a time and answers one result per item, in order.
 
-_SWEEP_GRID_S = 0.005  # deadlines are enforced this late at most; a finer grid would sweep the queue too often
+It may return a future that is done already. It fails with :class:`NotRun` for a batch that it never began, and
+with ``WorkerDied`` for the one that it died of; it is given none after either.
+"""
 
-_CLOSE_S = 1.0  # whoever waits for a batch has left before a batcher is closed; this is for what nobody waits for
-_FORGETTING = 0.2  # weight of the newest batch in the mean that retry_after is estimated from
-
-
-class _Call(Generic[In, Out]):
-    """One caller's items and the future it waits on."""
-
-    __slots__ = ("deadline", "entered", "future", "items", "missing", "results", "taken")
-
-    def __init__(
-        self, items: Sequence[In], deadline: float, entered: float, future: asyncio.Future[Sequence[Out | Exception]]
-    ) -> None:
-        self.items = items
-        self.deadline = deadline
-        self.entered = entered
-        self.future = future
-        self.taken = 0
-        self.missing = len(items)
-        self.results: list[Out | Exception | None] | None = None
-
-    def settle(self, start: int, results: Sequence[Out | Exception]) -> None:
-        self.missing -= len(results)
-        if len(results) < len(self.items):  # a part of a split call; the ordinary one is answered whole, by one batch
-            self.results = self.results or [None] * len(self.items)
-            self.results[start : start + len(results)] = results
-            results = self.results  # type: ignore[assignment]  # while none is missing, none is None
-        # The caller may have gone or been told of its deadline: a resolver only ever says "if not done, set".
-        if self.missing == 0 and not self.future.done():
-            self.future.set_result(results)
-
-    def expire(self) -> None:
-        if not self.future.done():
-            self.future.set_exception(DeadlineExceeded(max(0.0, self.deadline - self.entered)))
-
-    def refuse(self) -> None:
-        if not self.future.done():
-            self.future.set_exception(NotReady("the model is being taken out of service"))
+_SWEEP_GRID_S: Final = 0.005  # deadlines are enforced this late at most; a finer grid would sweep the queue too often
+_CLOSE_S: Final = (
+    1.0  # whoever waits for a batch has left before a batcher is closed; this is for what nobody waits for
+)
+_SLOW: Final = 4.0  # a batch within so many times its expected time may still end by itself
 
 
-_Part: TypeAlias = tuple[_Call[In, Out], int, int]
-"""Items ``start`` to ``stop`` of a call."""
+class _Batch(Generic[In, Out]):
+    """Parts of calls in the hands of a runner."""
+
+    __slots__ = ("began", "parts", "rows", "running")
+
+    def __init__(self, parts: list[Part[In, Out]], rows: int, began: float) -> None:
+        self.parts = parts
+        self.rows = rows
+        self.began = began  # by the batcher's clock; for a staged batch: when the one before it ended
+        self.running: asyncio.Future[Sequence[Out]]
 
 
-class _Running(NamedTuple, Generic[In, Out]):
-    runner: Runner[In, Out]
-    parts: list[_Part[In, Out]]
-    rows: int
-    started: float
+class Lane(Generic[In, Out]):
+    """A runner and the batches in its hands: the first one runs, a second may be staged behind it."""
+
+    __slots__ = ("batches", "depth", "drained", "free_at", "run")
+
+    def __init__(self, run: Runner[In, Out], depth: int) -> None:
+        self.run = run
+        self.depth = depth
+        self.batches: deque[_Batch[In, Out]] = deque()
+        self.free_at = 0.0  # when it is expected to have ended what is in its hands, by the loop's time
+        self.drained: asyncio.Future[None] | None = None
 
 
 class Batcher(Generic[In, Out]):
     """Queues calls for a set of runners and batches them.
 
-    ``max_rows`` bounds a batch and ``queue_limit`` the waiting items, both counted in items, not calls; a call of
-    more than ``max_rows`` items is split. ``max_wait_s`` holds a partial batch back for that long, counted from its
-    oldest call, and never longer than half of any waiting call's time limit. A batch that fails with
-    ``InferenceFailed`` is run again in halves until the item at fault stands alone. Times are ``loop.time()``.
+    ``max_rows`` bounds a batch (with ``adaptive``: the batch size follows its learned cost below that bound, see
+    :class:`Admission`) and ``queue_limit`` the waiting items, both counted in items, not calls; a call of more items
+    than a batch is split. A call that is foreseen to miss its deadline, or in a standing queue ``slo_s``, is refused.
+    ``max_wait_s`` holds a partial batch back for that long, counted from its oldest call, and never longer than half
+    of any waiting call's time limit. A batch that fails with ``InferenceFailed`` is run again in halves until the item
+    at fault stands alone; one whose worker died, item by item, where ``fingerprint`` tells the same item again.
+    Times are ``loop.time()``, except that the duration of batches is read from ``clock``.
     """
 
-    def __init__(self, *, max_rows: int, queue_limit: int, max_wait_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        queue_limit: int,
+        max_wait_s: float = 0.0,
+        slo_s: float = math.inf,
+        adaptive: bool = False,
+        fingerprint: Callable[[In], Hashable] = hash,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._max_rows = max_rows
+        self._clock = clock
         self._queue_limit = queue_limit
         self._max_wait_s = max_wait_s
-        self._queue: deque[_Call[In, Out]] = deque()
-        self._halves: deque[list[_Part[In, Out]]] = deque()
-        self._idle: deque[Runner[In, Out]] = deque()
-        self._running: dict[asyncio.Future[Sequence[Out]], _Running[In, Out]] = {}
+        self._queue: deque[Call[In, Out]] = deque()
+        self._again: deque[list[Part[In, Out]]] = deque()  # batches of their own: what failed, and who runs alone
+        self._lanes: list[Lane[In, Out]] = []
+        self._idle = 0  # lanes with nothing in their hands
+        self._leaving: set[Lane[In, Out]] = set()
         self._turn: asyncio.Handle | None = None
         self._window: asyncio.TimerHandle | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_due = 0.0  # beside the handle, because uvloop's does not always know
+        self._emptied = self._loop.time()
         self._closed = False
-        self._batch_seconds = 0.0
+        self._sizes: Counter[int] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+        self.admission = Admission(max_rows=max_rows, slo_s=slo_s, adaptive=adaptive)
+        self.quarantine: Quarantine[In] = Quarantine(fingerprint)
         self.waiting = 0
         """Items in the queue."""
-        self.batches = 0
-        """Batches run so far."""
 
-    def add(self, runner: Runner[In, Out]) -> None:
-        """Give the batcher one more runner."""
-        self._idle.append(runner)
+    # -- runners -------------------------------------------------------------------------------------------
+
+    def add(self, runner: Runner[In, Out], *, depth: int = 1) -> Lane[In, Out]:
+        """Give the batcher one more runner, to which it may hand ``depth`` batches: one to run, the others to follow.
+
+        A second batch is handed over while the first runs if waiting for more company would gain it little.
+        """
+        lane = Lane(runner, depth)
+        self._lanes.append(lane)
+        self._idle += 1
         self._wake()
+        return lane
+
+    def remove(self, lane: Lane[In, Out]) -> asyncio.Future[None]:
+        """Give a runner no more batches; the future is done when it has ended those in its hands."""
+        if lane in self._lanes:
+            self._lanes.remove(lane)
+            self._idle -= not lane.batches
+            lane.drained = self._loop.create_future()
+            self._leaving.add(lane)
+        drained = lane.drained
+        assert drained is not None  # a lane that is not here any more has left through these lines
+        if not lane.batches:
+            self._leave(lane)
+        return drained
+
+    @property
+    def refused(self) -> int:
+        """How many calls were refused so far."""
+        return self._refused.total()
+
+    @property
+    def runners(self) -> int:
+        """How many runners take batches."""
+        return len(self._lanes)
+
+    def overdue(self, grace_s: float) -> list[Lane[In, Out]]:
+        """Return the runners whose batch runs on, ``grace_s`` after the last of its callers has given up.
+
+        A batch is also given four times the time that it is expected to take: slow is not hung.
+        """
+        now, clock = self._loop.time(), self._clock()
+        found = []
+        for lane in (*self._lanes, *self._leaving):
+            if lane.batches:
+                batch = lane.batches[0]
+                last = max(call.deadline for call, _, _ in batch.parts)
+                slow = _SLOW * self.admission.cost.seconds(batch.rows)
+                if now > last + grace_s and clock > batch.began + slow + grace_s:
+                    found.append(lane)
+        return found
+
+    # -- calls ---------------------------------------------------------------------------------------------
 
     def submit(self, items: Sequence[In], deadline: float) -> asyncio.Future[Sequence[Out | Exception]]:
         """Queue one call; the future gives one result or exception per item, in order.
 
         The future itself fails with ``DeadlineExceeded`` once ``deadline`` has passed, run or not; cancelling it
-        takes the call out of the queue. Raises ``Overloaded`` when the queue is full and ``NotReady`` after closing.
+        takes the call out of the queue. Raises ``Overloaded`` when the queue is full or the deadline will not be met,
+        ``InferenceFailed`` for an item that is in quarantine, and ``NotReady`` after closing.
         """
         if self._closed:
-            raise NotReady("the model is being taken out of service")
-        if self.waiting + len(items) > self._queue_limit:
-            self._admit(len(items))
+            raise going()
         now = self._loop.time()
-        call = _Call(items, deadline, now, self._loop.create_future())
+        call = Call(items, deadline, now, self._loop.create_future())
         if not items:
             call.settle(0, [])
         elif not deadline > now:  # over already, or no time at all (NaN)
             call.expire()
         else:
-            self._enqueue(call)
+            self._admit(len(items), deadline, now)
+            alone = bool(self.quarantine) and self.quarantine.must_run_alone(items)
+            self._enqueue(call, alone=alone)
         return call.future
 
-    def _enqueue(self, call: _Call[In, Out]) -> None:
-        self._queue.append(call)
-        self.waiting += len(call.items)
+    def _enqueue(self, call: Call[In, Out], *, alone: bool) -> None:
+        if alone:
+            self._again.extend([(call, i, i + 1)] for i in range(len(call.items)))
+        else:
+            self._queue.append(call)
+            self.waiting += len(call.items)
         if self._sweep is None or call.deadline < self._sweep_due - _SWEEP_GRID_S:
             self._sweep_at(call.deadline)
         self._wake()
@@ -142,48 +204,82 @@ class Batcher(Generic[In, Out]):
         for call in self._open_calls(waiting_only=True):
             call.refuse()
         self._queue.clear()
-        self._halves.clear()
+        self._again.clear()
         self.waiting = 0
         for handle in (self._turn, self._window, self._sweep):
             if handle is not None:
                 handle.cancel()
-        if self._running:
-            _, hanging = await asyncio.wait(self._running, timeout=_CLOSE_S)
-            for running in hanging:
-                running.cancel()
+        running = [batch.running for batch in self._batches()]
+        if running:
+            _, hanging = await asyncio.wait(running, timeout=_CLOSE_S)
+            for each in hanging:
+                each.cancel()
             if hanging:
                 await asyncio.wait(hanging)
 
     # -- admission -----------------------------------------------------------------------------------------
 
-    def _admit(self, rows: int) -> None:
-        """Make room by dropping abandoned calls, or refuse."""
+    def _admit(self, rows: int, deadline: float, now: float) -> None:
+        """Raise ``Overloaded`` unless there is room and time. Whoever finds a runner idle is always let in."""
+        if self.waiting + len(self._again) + rows > self._queue_limit:
+            self._make_room(rows, now)
+        if self._idle or not self._lanes:
+            return
+        foreseen = self._foreseen(rows, now)
+        standing_s = now - self._emptied
+        latest = self.admission.latest(self.waiting, rows, now=now, deadline=deadline, standing_s=standing_s)
+        if foreseen > latest:
+            self._refuse("late", f"it would take {foreseen - now:.2g} s to answer, which is too late", foreseen - now)
+
+    def _make_room(self, rows: int, now: float) -> None:
+        """Drop abandoned calls, or refuse."""
         self._queue = deque(call for call in self._queue if not call.future.done())
         self.waiting = sum(len(call.items) - call.taken for call in self._queue)
-        if self.waiting + rows > self._queue_limit:
-            turns = 1 + self.waiting // self._max_rows
-            problem = f"the queue is full ({self.waiting} of {self._queue_limit} rows)"
-            raise Overloaded(problem, retry_after=max(0.01, turns * self._batch_seconds))
+        waiting = self.waiting + len(self._again)
+        if waiting + rows > self._queue_limit:
+            problem = f"the queue is full ({waiting} of {self._queue_limit} rows)"
+            self._refuse("full", problem, self._foreseen(rows, now) - now)
+
+    def _refuse(self, reason: str, problem: str, retry_after: float) -> None:
+        """Say when the queue as it stands will have been answered: then there is room again."""
+        self._refused[reason] += 1
+        raise Overloaded(problem, retry_after=max(0.01, retry_after))
+
+    def _foreseen(self, rows: int, now: float) -> float:
+        """Return when a call that joins the queue now will be answered."""
+        free_at = min((lane.free_at for lane in self._lanes), default=now)
+        return max(now, free_at) + self.admission.seconds_until_done(self.waiting, rows, len(self._lanes))
 
     # -- from queue to runner ------------------------------------------------------------------------------
 
     def _wake(self) -> None:
         # At the end of this turn of the loop, not now: calls made in the same turn belong in one batch.
-        if self._turn is None and self._idle and not self._closed:
+        if self._turn is None and not self._closed and (self._idle or self.waiting >= self.admission.stage_rows):
             self._turn = self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         self._turn = None
-        while self._idle and (self._halves or self._queue):
-            if not self._halves and self._held_back():
+        while (self._again or self._queue) and (lane := self._free_lane()) is not None:
+            if not self._again and self._held_back():
                 return
             parts = self._take()
-            if parts:
-                self._run(self._idle.popleft(), parts)
+            if parts and self._run(lane, parts):
+                self._wake()  # it ran within this turn of the loop; the next one is for others first
+                return
+
+    def _free_lane(self) -> Lane[In, Out] | None:
+        """Return an idle runner, else the busy one that may be handed its next batch and ends first."""
+        staging: Lane[In, Out] | None = None
+        for lane in self._lanes:
+            if not lane.batches:
+                return lane
+            if len(lane.batches) < lane.depth and (staging is None or lane.free_at < staging.free_at):
+                staging = lane
+        return staging if self.waiting >= self.admission.stage_rows else None
 
     def _held_back(self) -> bool:
         """Whether a partial batch should wait for company; sets the timer that ends the wait."""
-        if self._max_wait_s == 0.0 or self.waiting >= self._max_rows:
+        if self._max_wait_s == 0.0 or self.waiting >= self.admission.max_rows:
             return False
         until = min(min(call.entered + self._max_wait_s, (call.entered + call.deadline) / 2) for call in self._queue)
         if until <= self._loop.time():
@@ -193,20 +289,21 @@ class Batcher(Generic[In, Out]):
         self._window = self._loop.call_at(until, self._dispatch)
         return True
 
-    def _take(self) -> list[_Part[In, Out]]:
-        """Take the next batch: what was left of a failed one, else the head of the queue. Skips who has gone."""
+    def _take(self) -> list[Part[In, Out]]:
+        """Take the next batch: one that was set aside, else the head of the queue. Skips who has gone."""
         now = self._loop.time()
-        if self._halves:
-            return [part for part in self._halves.popleft() if _wanted(part[0], now)]
-        if self.waiting <= self._max_rows:  # the ordinary case: all that waits goes
+        if self._again:
+            return [part for part in self._again.popleft() if part[0].wanted(now)]
+        if self.waiting <= self.admission.max_rows:  # the ordinary case: all that waits goes
             calls, self._queue, self.waiting = self._queue, deque(), 0
-            return [(call, call.taken, len(call.items)) for call in calls if _wanted(call, now)]
-        parts: list[_Part[In, Out]] = []
-        room = self._max_rows
+            self._emptied = now
+            return [(call, call.taken, len(call.items)) for call in calls if call.wanted(now)]
+        parts: list[Part[In, Out]] = []
+        room = self.admission.max_rows
         while self._queue and room:
             call = self._queue[0]
             start, left = call.taken, len(call.items) - call.taken
-            rows = min(left, room) if _wanted(call, now) else 0
+            rows = min(left, room) if call.wanted(now) else 0
             if rows:
                 call.taken += rows
                 room -= rows
@@ -216,33 +313,73 @@ class Batcher(Generic[In, Out]):
             self.waiting -= rows or left
         return parts
 
-    def _run(self, runner: Runner[In, Out], parts: list[_Part[In, Out]]) -> None:
-        items = [item for call, start, stop in parts for item in call.items[start:stop]]
-        self.batches += 1
-        running = asyncio.ensure_future(runner(items))
-        self._running[running] = _Running(runner, parts, len(items), self._loop.time())
-        running.add_done_callback(self._finish)
+    def _run(self, lane: Lane[In, Out], parts: list[Part[In, Out]]) -> bool:
+        """Hand a batch to a runner; return whether it is done already."""
+        items = items_of(parts)
+        rows = len(items)
+        self._sizes[(rows - 1).bit_length()] += 1
+        self._reasons["staged" if lane.batches else "full" if rows >= self.admission.max_rows else "idle"] += 1
+        self._idle -= not lane.batches
+        batch = _Batch(parts, rows, self._clock())
+        lane.batches.append(batch)
+        lane.free_at = max(lane.free_at, self._loop.time()) + self.admission.cost.seconds(rows)
+        batch.running = asyncio.ensure_future(lane.run(items))
+        if batch.running.done():
+            self._finish(lane, batch, batch.running)
+            return True
+        batch.running.add_done_callback(partial(self._finish, lane, batch))
+        return False
 
     # -- from result to callers ----------------------------------------------------------------------------
 
-    def _finish(self, running: asyncio.Future[Sequence[Out]]) -> None:
-        runner, parts, rows, started = self._running.pop(running)
-        self._idle.append(runner)
-        self._batch_seconds += _FORGETTING * (self._loop.time() - started - self._batch_seconds)
-        error = _error_of(running, rows)
+    def _finish(self, lane: Lane[In, Out], batch: _Batch[In, Out], running: asyncio.Future[Sequence[Out]]) -> None:
+        if not running.cancelled() and isinstance(running.exception(), NotRun | WorkerDied):
+            self.remove(lane)
+        self._hand_back(lane, batch)
+        error = error_of(running, batch.rows)
         if error is None:
-            self._scatter(parts, running.result())
-        elif rows > 1 and isinstance(error, InferenceFailed) and not self._closed:
-            self._halves.extendleft(reversed(_halve(parts, rows // 2)))
+            scatter(batch.parts, running.result())
+            if self.quarantine and batch.rows == 1:
+                self.quarantine.clear(items_of(batch.parts)[0])
+        elif self._closed:
+            fail(batch.parts, going() if isinstance(error, NotRun) else error)
         else:
-            self._scatter(parts, [_copy(error) for _ in range(rows)])
+            self._recover(batch, error)
         self._wake()
 
-    def _scatter(self, parts: list[_Part[In, Out]], results: Sequence[Out | Exception]) -> None:
-        position = 0
-        for call, start, stop in parts:
-            call.settle(start, results[position : position + stop - start])
-            position += stop - start
+    def _hand_back(self, lane: Lane[In, Out], batch: _Batch[In, Out]) -> None:
+        """Take an ended batch out of the runner's hands, and learn from how long it took."""
+        now = self._clock()
+        if batch is lane.batches[0] and not batch.running.cancelled() and batch.running.exception() is None:
+            self.admission.observe(batch.rows, now - batch.began)
+        lane.batches.remove(batch)
+        if lane.batches:
+            lane.batches[0].began = now
+        else:
+            lane.free_at = 0.0
+            self._idle += lane.drained is None
+            self._leave(lane)
+
+    def _leave(self, lane: Lane[In, Out]) -> None:
+        if lane.drained is not None and not lane.drained.done():
+            lane.drained.set_result(None)
+        self._leaving.discard(lane)
+
+    def _recover(self, batch: _Batch[In, Out], error: Exception) -> None:
+        """Run what failed again, in smaller batches, until what is at fault stands alone."""
+        parts, rows = batch.parts, batch.rows
+        if isinstance(error, NotRun):
+            self._again.appendleft(parts)
+        elif isinstance(error, WorkerDied):
+            verdict = self.quarantine.accuse(items_of(parts))
+            if verdict is not None or not self._lanes:
+                fail(parts, verdict or error)
+            else:
+                self._again.extend([(call, i, i + 1)] for call, start, stop in parts for i in range(start, stop))
+        elif rows > 1 and isinstance(error, InferenceFailed):
+            self._again.extendleft(reversed(halve(parts, rows // 2)))
+        else:
+            fail(parts, error)
 
     # -- deadlines -----------------------------------------------------------------------------------------
 
@@ -264,58 +401,29 @@ class Batcher(Generic[In, Out]):
         if nearest is not None:
             self._sweep_at(max(nearest, now + _SWEEP_GRID_S / 2))
 
-    def _open_calls(self, *, waiting_only: bool = False) -> Iterator[_Call[In, Out]]:
+    def _open_calls(self, *, waiting_only: bool = False) -> Iterator[Call[In, Out]]:
         yield from self._queue
-        for parts in self._halves:
+        for parts in self._again:
             yield from (call for call, _, _ in parts)
         if not waiting_only:
-            for batch in self._running.values():
+            for batch in self._batches():
                 yield from (call for call, _, _ in batch.parts)
 
+    def _batches(self) -> Iterator[_Batch[In, Out]]:
+        for lane in (*self._lanes, *self._leaving):
+            yield from lane.batches
 
-def _wanted(call: _Call[In, Out], now: float) -> bool:
-    """Whether anybody still waits for this call; tells its caller when its time is over."""
-    if call.deadline <= now:
-        call.expire()
-    return not call.future.done()
+    # -- what happened so far ------------------------------------------------------------------------------
 
-
-def _halve(parts: list[_Part[In, Out]], rows: int) -> list[list[_Part[In, Out]]]:
-    """Split a batch after ``rows`` items, through the middle of a call if need be."""
-    left: list[_Part[In, Out]] = []
-    right: list[_Part[In, Out]] = []
-    for call, start, stop in parts:
-        middle = min(stop, start + max(0, rows))
-        rows -= stop - start
-        if middle > start:
-            left.append((call, start, middle))
-        if stop > middle:
-            right.append((call, middle, stop))
-    return [left, right]
-
-
-def _error_of(running: asyncio.Future[Sequence[Out]], rows: int) -> Exception | None:
-    if running.cancelled():
-        return NotReady("the model is being taken out of service")
-    error = running.exception()
-    if error is None:
-        return _mismatch(running.result(), rows)
-    return error if isinstance(error, Exception) else InferenceFailed(f"the model raised {type(error).__name__}")
-
-
-def _mismatch(results: object, rows: int) -> InferenceFailed | None:
-    if not isinstance(results, Sequence):
-        return InferenceFailed(f"the model answered a {type(results).__name__} for {rows} rows")
-    return None if len(results) == rows else InferenceFailed(f"the model answered {len(results)} rows for {rows}")
-
-
-def _copy(error: Exception) -> Exception:
-    """Give each caller an exception of its own: one raised in many tasks would collect all their tracebacks."""
-    try:
-        own = error.__class__.__new__(error.__class__)
-        own.args = error.args
-        own.__dict__.update(error.__dict__)
-    except Exception:  # noqa: BLE001  # a class with a constructor of its own kind; no caller may be left waiting for it
-        own = InferenceFailed(str(error))
-    own.__cause__ = error.__cause__
-    return own
+    def stats(self) -> BatchStats:
+        """Return counts since the start, and what batches cost as far as it was learned."""
+        return BatchStats(
+            batches=sum(self._sizes.values()),
+            sizes={2**bits: count for bits, count in sorted(self._sizes.items())},
+            reasons=dict(self._reasons),
+            refused=dict(self._refused),
+            quarantined=self.quarantine.refused,
+            max_rows=self.admission.max_rows,
+            fixed_s=self.admission.cost.fixed if self.admission.cost.known else None,
+            per_row_s=self.admission.cost.per_row if self.admission.cost.known else None,
+        )

@@ -1,66 +1,256 @@
-"""The dedicated pool of one model version: its replicas behind one batcher."""
+"""The dedicated pool of one model version: its replicas behind one batcher, kept alive and in number."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import dataclasses
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Hashable, Sequence
+from typing import Any, Final
 
+from modelserve.errors import NotReady, Overloaded
+from modelserve.events import CircuitClosed, CircuitOpened, Event, PoolScaled, WorkerLost
+from modelserve.execution.autoscale import Sample, decide, mean_depth
 from modelserve.execution.batcher import Batcher
+from modelserve.execution.circuit import Circuit
+from modelserve.execution.seat import Infer, Prove, Seat
 from modelserve.ports import Replica
-from modelserve.types import Json, Row
+from modelserve.types import Json, PoolStatus, Row, Scaling
+
+_log = logging.getLogger("modelserve")
+_TICK_S: Final = 0.5
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PoolOptions:
+    """How a pool runs: ``smallest`` to ``largest`` replicas, how they batch, and the patience with them.
+
+    ``adaptive`` makes ``max_rows`` an upper limit for a batch size that follows ``slo_s``. A replica that does not
+    start within ``start_limit_s`` is killed, and so is one whose batch runs on ``hang_limit_s`` after the last of
+    its callers has given up.
+    """
+
+    smallest: int = 1
+    largest: int = 1
+    max_rows: int = 256
+    adaptive: bool = False
+    queue_limit: int = 1024
+    max_wait_s: float = 0.0
+    slo_s: float = math.inf
+    start_limit_s: float = 600.0
+    hang_limit_s: float = 1.0
+    scaling: Scaling = dataclasses.field(default_factory=Scaling)
 
 
 class Pool:
-    """Runs rows on a set of replicas. ``start`` before ``submit``; ``stop`` when the last request has gone."""
+    """Runs rows on a set of replicas. ``start`` before ``submit``; ``stop`` when the last request has gone.
+
+    ``fingerprint`` tells two rows apart, so that an input which kills its worker twice is refused. ``tell`` is
+    called with what happens to the pool.
+    """
 
     def __init__(
         self,
         make_replica: Callable[[], Replica],
+        options: PoolOptions,
         *,
-        replicas: int,
-        max_batch_size: int,
-        queue_limit: int,
-        max_wait_s: float = 0.0,
+        fingerprint: Callable[[Row], Hashable] = hash,
+        model_name: str = "",
+        version: str = "",
+        tell: Callable[[Event], None] = lambda _: None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._replicas = [make_replica() for _ in range(replicas)]
+        self._make_replica = make_replica
+        self._options = options
+        self._name = (model_name, version)
+        self._tell = tell
+        self._loop = asyncio.get_running_loop()
         self._batcher: Batcher[Row, Json] = Batcher(
-            max_rows=max_batch_size, queue_limit=queue_limit, max_wait_s=max_wait_s
+            max_rows=options.max_rows,
+            queue_limit=options.queue_limit,
+            max_wait_s=options.max_wait_s,
+            slo_s=options.slo_s,
+            adaptive=options.adaptive,
+            fingerprint=fingerprint,
+            clock=clock,
         )
+        self._clock = clock
+        self._circuit = Circuit()
+        self._seats: list[Seat] = []
+        self._leaving: set[Seat] = set()
+        self._restarts = 0  # of seats that are gone
+        self._history: deque[Sample] = deque()
+        self._refused = 0  # as of the last sample
+        self._scaled_at = -math.inf
+        self._scaled_out = self._scaled_in = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._prove: Prove
 
-    async def start(self, prove: Callable[[Replica], Awaitable[None]]) -> None:
+    async def start(self, prove: Prove) -> None:
         """Load every replica and ``prove`` it before it takes a row.
 
         Raises what loading or proving raised, and leaves no replica behind, if one of them fails.
         """
-        starts = (_start(replica, prove) for replica in self._replicas)
-        started = await asyncio.gather(*starts, return_exceptions=True)
-        for outcome in started:
+        self._prove = prove
+        self._seats = [self._new_seat() for _ in range(self._options.smallest)]
+        opened = await asyncio.gather(*(seat.open() for seat in self._seats), return_exceptions=True)
+        for outcome in opened:
             if isinstance(outcome, BaseException):
                 await self.stop()
                 raise outcome
-        for replica in self._replicas:
-            self._batcher.add(replica.infer)
+        self._in_background(self._watch())
 
     def submit(self, rows: Sequence[Row], deadline: float) -> asyncio.Future[Sequence[Json | Exception]]:
-        """Queue the rows of one request; see :meth:`Batcher.submit`."""
+        """Queue the rows of one request; see :meth:`Batcher.submit`. Raises ``NotReady`` while no replica lives."""
+        if not self._batcher.runners:
+            self._refuse_unless_back_by(deadline)
         return self._batcher.submit(rows, deadline)
 
     async def stop(self) -> None:
         """Fail what waits, finish what runs, free the replicas."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         await self._batcher.close()
-        await asyncio.gather(*(replica.stop() for replica in self._replicas))
+        await asyncio.gather(*(seat.close() for seat in (*self._seats, *self._leaving)))
 
     @property
     def alive(self) -> bool:
-        """Whether at least one replica can take a batch."""
-        return any(replica.alive for replica in self._replicas)
+        """Whether at least one replica can take a batch, and they do not keep dying."""
+        return self._batcher.runners > 0 and not self._circuit.open
 
     @property
     def queue_depth(self) -> int:
         """Rows that wait for a replica."""
         return self._batcher.waiting
 
+    def status(self) -> PoolStatus:
+        """Return where the pool stands."""
+        return PoolStatus(
+            replicas=tuple(seat.status() for seat in self._seats),
+            smallest=self._options.smallest,
+            largest=self._options.largest,
+            queue_depth=self.queue_depth,
+            circuit_open=self._circuit.open,
+            restarts=self._restarts + sum(seat.restarts for seat in self._seats),
+            scaled_out=self._scaled_out,
+            scaled_in=self._scaled_in,
+            batches=self._batcher.stats(),
+        )
 
-async def _start(replica: Replica, prove: Callable[[Replica], Awaitable[None]]) -> None:
-    await replica.start()
-    await prove(replica)
+    # -- replicas ------------------------------------------------------------------------------------------
+
+    def _new_seat(self) -> Seat:
+        return Seat(
+            self._make_replica,
+            self._batcher,
+            prove=self._prove_and_learn,
+            start_limit_s=self._options.start_limit_s,
+            mourn=self._mourn,
+        )
+
+    async def _prove_and_learn(self, infer: Infer) -> None:
+        """Prove a replica, and seed the cost of batches with the times that its warm-up took."""
+        fastest: dict[int, float] = {}
+
+        async def timed(rows: Sequence[Row]) -> list[Json]:
+            began = self._clock()
+            answers = await infer(rows)
+            fastest[len(rows)] = min(self._clock() - began, fastest.get(len(rows), math.inf))
+            return answers
+
+        await self._prove(timed)
+        if not self._batcher.admission.cost.known:
+            self._batcher.admission.seed(fastest)
+
+    def _mourn(self, reason: str) -> float:
+        was_open = self._circuit.open
+        pause = self._circuit.died(self._loop.time())
+        _log.error("a worker of %s %s is lost, the next starts in %.1f s: %s", *self._name, pause, reason)
+        self._tell(WorkerLost(*self._name, reason, pause))
+        if self._circuit.open and not was_open:
+            _log.error("the workers of %s %s keep dying; it is not ready", *self._name)
+            self._tell(CircuitOpened(*self._name, self._circuit.deaths, reason))
+        return pause
+
+    def _refuse_unless_back_by(self, deadline: float) -> None:
+        if self._circuit.open:
+            raise NotReady("the workers of this model keep dying; it is being restarted now and then")
+        back = min((seat.ready_at for seat in self._seats), default=math.inf)
+        if back > deadline:
+            left = max(0.01, back - self._loop.time())
+            raise Overloaded("no worker of this model is alive, one is being started", retry_after=left)
+
+    # -- twice a second ------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            try:
+                self._kill_hung()
+                self._scale()
+                if self._batcher.runners and self._circuit.lives(self._loop.time()):
+                    self._tell(CircuitClosed(*self._name))
+            except Exception:  # noqa: BLE001  # a watch that ended would leave a hung worker hanging for ever
+                _log.exception("watching the pool of %s %s failed", *self._name)
+
+    def _kill_hung(self) -> None:
+        for lane in self._batcher.overdue(self._options.hang_limit_s):
+            seat = next((seat for seat in (*self._seats, *self._leaving) if seat.lane is lane), None)
+            if seat is not None:
+                seat.kill("a batch did not end, long after its last caller had given up")
+
+    def _scale(self) -> None:
+        self._sample()
+        options, before = self._options, len(self._seats)
+        change = decide(
+            self._history,
+            options.scaling,
+            replicas=before,
+            smallest=options.smallest,
+            largest=options.largest,
+            scaled_at=self._scaled_at,
+        )
+        if change == 0:
+            return
+        self._scaled_at = now = self._loop.time()
+        depth = mean_depth(self._history, since=now - (options.scaling.out_after_s))
+        if change > 0:
+            seat = self._new_seat()
+            self._seats.append(seat)
+            self._in_background(self._grow(seat))
+        else:
+            self._in_background(self._shrink(self._seats.pop()))
+        self._tell(PoolScaled(*self._name, before, before + change, depth))
+
+    def _sample(self) -> None:
+        now, refused = self._loop.time(), self._batcher.refused
+        self._history.append(Sample(now, self.queue_depth + refused - self._refused))
+        self._refused = refused
+        scaling = self._options.scaling
+        while self._history[0].at < now - max(scaling.in_after_s, scaling.out_after_s) - 2 * _TICK_S:
+            self._history.popleft()
+
+    async def _grow(self, seat: Seat) -> None:
+        try:
+            await seat.open()
+            self._scaled_out += 1
+        except Exception as error:  # noqa: BLE001  # the pool goes on as it was; the next decision tries again
+            _log.warning("a further replica of %s %s did not start: %s", *self._name, error)
+            self._seats.remove(seat)
+
+    async def _shrink(self, seat: Seat) -> None:
+        self._leaving.add(seat)
+        await seat.close()
+        self._leaving.discard(seat)
+        self._restarts += seat.restarts
+        self._scaled_in += 1
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="modelserve-pool")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -13,7 +13,7 @@ from modelserve.http.openapi import openapi_document
 from modelserve.http.problems import HttpProblem, problem_response
 from modelserve.live import ModelStatus
 from modelserve.server import Answer, AsyncModelServer
-from modelserve.types import Json, ModelVersion
+from modelserve.types import Json, ModelVersion, PoolStatus
 
 MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 _MAX_DEPTH: Final = 64
@@ -81,6 +81,7 @@ class Api:
         return _answer(
             _summary(status)
             | {
+                "pool": None if status.pool is None else _pool(status.pool),
                 "inputs": self._inputs(model_name),
                 "versions": await self._versions(model_name),
             }
@@ -194,6 +195,30 @@ def _summary(status: ModelStatus) -> dict[str, Json]:
         "previous": status.previous,
         "generation": {"wanted": status.wanted, "applied": status.applied},
         "queue_depth": status.queue_depth,
+    }
+
+
+def _pool(pool: PoolStatus) -> dict[str, Json]:
+    """Show a pool, without what only its host should know, such as process ids."""
+    batches = pool.batches
+    known = batches.fixed_s is not None and batches.per_row_s is not None
+    return {
+        "replicas": [{"state": each.state, "restarts": each.restarts} for each in pool.replicas],
+        "smallest": pool.smallest,
+        "largest": pool.largest,
+        "restarts": pool.restarts,
+        "scaled": {"out": pool.scaled_out, "in": pool.scaled_in},
+        "circuit_open": pool.circuit_open,
+        "batches": {
+            "count": batches.batches,
+            "in_place": sum(each.detail.get("in_place", 0) for each in pool.replicas),
+            "sizes": {str(rows): count for rows, count in batches.sizes.items()},
+            "reasons": batches.reasons,
+            "max_rows": batches.max_rows,
+        },
+        "refused": batches.refused,
+        "quarantined": batches.quarantined,
+        "service_time": {"fixed_s": batches.fixed_s, "per_row_s": batches.per_row_s} if known else None,
     }
 
 

@@ -25,20 +25,22 @@ def unstack(outputs: Columns, rows: int) -> list[Json]:
     """Turn a model's output columns into one plain Python value per row.
 
     A sole output gives bare values (lists where it has a shape), several give mappings by name. Raises
-    ``InferenceFailed`` when a column is not an array of exactly ``rows`` rows, or holds what JSON has no form for.
+    ``InferenceFailed`` where :func:`check_outputs` does.
     """
-    lists = {name: _values_of(name, column, rows) for name, column in outputs.items()}
+    check_outputs(outputs, rows)
+    lists: dict[str, list[Json]] = {name: column.tolist() for name, column in outputs.items()}
     if len(lists) == 1 and SOLE_OUTPUT in lists:
         return lists[SOLE_OUTPUT]
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
-def _values_of(name: str, column: Array, rows: int) -> list[Json]:
-    if not isinstance(column, np.ndarray):
-        raise InferenceFailed(f"the model answered a {type(column).__name__} in {name!r}, not an array")
-    if column.ndim == 0 or len(column) != rows:
-        found = "a single value" if column.ndim == 0 else f"{len(column)} rows"
-        raise InferenceFailed(f"the model answered {found} for {rows} in {name!r}")
-    if column.dtype.kind not in "biufUO":
-        raise InferenceFailed(f"the model answered {column.dtype} in {name!r}, which has no JSON form")
-    return column.tolist()  # type: ignore[no-any-return]
+def check_outputs(outputs: Columns, rows: int) -> None:
+    """Raise ``InferenceFailed`` unless every column is an array of ``rows`` rows, of a dtype that has a JSON form."""
+    for name, column in outputs.items():
+        if not isinstance(column, np.ndarray):
+            raise InferenceFailed(f"the model answered a {type(column).__name__} in {name!r}, not an array")
+        if column.ndim == 0 or len(column) != rows:
+            found = "a single value" if column.ndim == 0 else f"{len(column)} rows"
+            raise InferenceFailed(f"the model answered {found} for {rows} in {name!r}")
+        if column.dtype.kind not in "biufUO":
+            raise InferenceFailed(f"the model answered {column.dtype} in {name!r}, which has no JSON form")

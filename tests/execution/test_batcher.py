@@ -159,7 +159,7 @@ def test_other_errors_are_not_bisected_and_not_shared(run: Callable[..., Any]) -
         answers = await asyncio.gather(*(batcher.submit([i], FAR) for i in range(3)))
         assert {str(error) for [error] in answers} == {"gone"}
         assert len({id(error) for [error] in answers}) == 3
-        assert batcher.batches == 1
+        assert batcher.stats().batches == 1
 
     run(scenario())
 

@@ -13,9 +13,10 @@ import pytest
 
 from modelserve.errors import DeadlineExceeded, InferenceFailed, LoadFailed, NotReady
 from modelserve.execution import batcher, thread
-from modelserve.execution.pool import Pool
+from modelserve.execution.pool import Pool, PoolOptions
+from modelserve.execution.seat import Infer
 from modelserve.execution.thread import ThreadReplica
-from modelserve.ports import Replica
+from modelserve.ports import NotRun
 from modelserve.signature import Field, Signature
 from modelserve.types import Columns, Row
 
@@ -35,7 +36,7 @@ class Model:
         return {"output": columns["x"] * 2}
 
 
-async def no_proof(_: Replica) -> None:
+async def no_proof(_: Infer) -> None:
     """Take a replica as it is."""
 
 
@@ -47,7 +48,7 @@ def pool_of(*models: Model, **options: Any) -> Pool:
     supply = iter(models)
     return Pool(
         lambda: ThreadReplica(lambda: next(supply), SIGNATURE),
-        **{"replicas": len(models), "max_batch_size": 8, "queue_limit": 100} | options,
+        PoolOptions(**{"smallest": len(models), "largest": len(models), "max_rows": 8, "queue_limit": 100} | options),
     )
 
 
@@ -68,7 +69,7 @@ async def test_a_replica_answers_in_its_own_thread(no_blocking: None) -> None:
     await replica.stop()
     await replica.stop()
     assert not replica.alive
-    with pytest.raises(NotReady):
+    with pytest.raises(NotRun):
         await replica.infer(rows(1.0))
 
 
@@ -79,7 +80,7 @@ async def test_a_model_that_does_not_load_is_one_typed_error() -> None:
     def load() -> Model:
         raise RuntimeError("no weights")
 
-    pool = Pool(lambda: ThreadReplica(load, SIGNATURE), replicas=2, max_batch_size=8, queue_limit=8)
+    pool = Pool(lambda: ThreadReplica(load, SIGNATURE), PoolOptions(smallest=2, largest=2))
     with pytest.raises(LoadFailed, match="RuntimeError: no weights"):
         await pool.start(no_proof)
     await asyncio.to_thread(_join_replicas)
@@ -124,7 +125,7 @@ async def test_one_batch_at_a_time_per_replica() -> None:
         with lock:
             at_once -= 1
 
-    pool = pool_of(Model(watch), Model(watch), max_batch_size=1)
+    pool = pool_of(Model(watch), Model(watch), max_rows=1)
     await pool.start(no_proof)
     answers = await asyncio.gather(*(pool.submit(rows(float(i)), later()) for i in range(10)))
     assert answers == [[2.0 * i] for i in range(10)]
@@ -178,24 +179,27 @@ async def test_an_answer_that_is_no_mapping_is_an_inference_failure() -> None:
 
 
 async def test_a_stopped_pool_finishes_its_batch_and_refuses_the_rest() -> None:
-    """On stop the running batch is answered, and what waits gets ``NotReady``."""
+    """On stop the batches at hand are answered, and what waits gets ``NotReady``."""
     started, release = threading.Event(), threading.Event()
 
     def hold(_: Columns) -> None:
         started.set()
         release.wait(10)
 
-    pool = pool_of(Model(hold), max_batch_size=1)
+    pool = pool_of(Model(hold), max_rows=1)
     await pool.start(no_proof)
     running = pool.submit(rows(1.0), later())
     await asyncio.to_thread(started.wait, 10)
-    waiting = pool.submit(rows(2.0), later())
+    staged = pool.submit(rows(2.0), later())
+    await asyncio.sleep(0)
+    waiting = pool.submit(rows(3.0), later())
     assert pool.queue_depth == 1
     stopping = asyncio.create_task(pool.stop())
     with pytest.raises(NotReady):
         await waiting
     release.set()
     assert await running == [2.0]
+    assert await staged == [4.0]
     await stopping
     assert not pool.alive
 

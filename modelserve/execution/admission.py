@@ -1,0 +1,79 @@
+"""How large a batch may be and who may still join the queue, so that the latency aimed for holds.
+
+From the learned cost of a batch follow the largest batch that fits the objective, the time at which a call that joins
+the queue now would be answered, and so whether it is better told at once to go elsewhere. A queue that holds work
+which will be answered too late helps nobody: it delays all that comes behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from modelserve.execution.cost import CostModel
+
+# A call that arrives just after a batch has left waits for that batch and for its own. Two batches of this share
+# leave a fifth of the objective for the batches that take longer than expected, and for the way there and back.
+_BATCH_SHARE: Final = 0.4
+_WITHIN: Final = 0.8
+_EFFICIENT: Final = 0.1  # fixed costs below this share of a batch: waiting for more company gains little
+
+
+class Admission:
+    """What the cost of batches implies for a queue.
+
+    ``max_rows`` bounds a batch. With ``adaptive`` it is an upper limit, and the size in force follows the cost so
+    that a batch takes at most 0.4 of ``slo_s``; a model that needs longer for a single row gets batches of at most
+    twice that time, since no batch size can hold such an objective.
+    """
+
+    def __init__(self, *, max_rows: int, slo_s: float = math.inf, adaptive: bool = False) -> None:
+        self.cost = CostModel()
+        self.max_rows = max_rows
+        """Most rows in a batch, as of now."""
+        self.stage_rows = max_rows
+        """From how many waiting rows on a batch may be handed to a runner that is still busy with another."""
+        self._limit = max_rows
+        self._slo_s = slo_s
+        self._adaptive = adaptive
+        self._full_s = 0.0
+
+    def seed(self, seen: dict[int, float]) -> None:
+        """Begin with the times of a warm-up, by number of rows."""
+        self.cost.seed(seen)
+        self._adapt()
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Learn from a batch that ran."""
+        self.cost.observe(rows, seconds)
+        self._adapt()
+
+    def seconds_until_done(self, ahead: int, rows: int, runners: int) -> float:
+        """Return how long after a runner becomes free a call of ``rows``, behind ``ahead`` others, is answered."""
+        before = (ahead + rows - 1) // self.max_rows
+        if before == 0:
+            return self.cost.seconds(ahead + rows)
+        return before * self._full_s / max(1, runners) + self._full_s  # with a queue this long, its own will be full
+
+    def latest(self, ahead: int, rows: int, *, now: float, deadline: float, standing_s: float) -> float:
+        """Return by when a call has to be foreseen to be done for it to be let in.
+
+        That is its deadline, less a margin. But a queue that did not empty for half the objective is overload,
+        not a burst, and then calls that do not fit the next batch have to fit the objective as well. (The two
+        regimes are those of B. Maurer, "Fail at Scale", ACM Queue 13(8), 2015, who takes the idea from CoDel.)
+        """
+        latest = now + (deadline - now) * (1 - (1 - _WITHIN) / 2)
+        if ahead + rows > self.max_rows and standing_s > self._slo_s / 2:
+            return min(latest, now + self._slo_s * _WITHIN)
+        return latest
+
+    def _adapt(self) -> None:
+        cost = self.cost
+        if not cost.known:
+            return
+        if self._adaptive:
+            budget = max(_BATCH_SHARE * self._slo_s, 2 * cost.seconds(1))
+            self.max_rows = max(1, int(min(self._limit, cost.rows_within(budget))))
+        self._full_s = cost.seconds(self.max_rows)
+        efficient = cost.fixed / (_EFFICIENT * cost.per_row) if cost.per_row > 0.0 else math.inf
+        self.stage_rows = max(1, int(min(self.max_rows, efficient)))
