@@ -106,7 +106,7 @@ class Batcher(Generic[In, Out]):
         self._reasons: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self.admission = Admission(max_rows=max_rows, slo_s=slo_s, adaptive=adaptive)
-        self.quarantine: Quarantine[In] = Quarantine(fingerprint)
+        self.quarantine: Quarantine[In] = Quarantine(fingerprint, self._loop.time)
         self.waiting = 0
         """Items in the queue."""
 

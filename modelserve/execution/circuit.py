@@ -22,6 +22,7 @@ class Circuit:
 
     def __init__(self) -> None:
         self._deaths: deque[float] = deque()
+        self._well_since: float | None = None
         self.open = False
 
     @property
@@ -32,6 +33,7 @@ class Circuit:
     def died(self, now: float) -> float:
         """Count a death; return how long to wait before the next start."""
         self._deaths.append(now)
+        self._well_since = None
         while self._deaths[0] < now - _WINDOW_S:
             self._deaths.popleft()
         self.open = self.open or len(self._deaths) >= _DEATHS
@@ -41,7 +43,9 @@ class Circuit:
 
     def lives(self, now: float) -> bool:
         """Note that a worker is alive; return whether that closes the circuit."""
-        if not self.open or now - self._deaths[-1] < _WELL_S:
+        if self._well_since is None:
+            self._well_since = now
+        if not self.open or now - self._well_since < _WELL_S:
             return False
         self.open = False
         self._deaths.clear()

@@ -121,7 +121,7 @@ class Pool:
     @property
     def alive(self) -> bool:
         """Whether at least one replica can take a batch, and they do not keep dying."""
-        return self._batcher.runners > 0 and not self._circuit.open
+        return any(seat.alive for seat in self._seats) and not self._circuit.open
 
     @property
     def queue_depth(self) -> int:

@@ -71,6 +71,11 @@ class Seat:
         self._state = "hung"
         self._replica.kill(reason)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes batches."""
+        return self.lane is not None and self._replica.alive
+
     def status(self) -> ReplicaStatus:
         """Return where it stands."""
         return ReplicaStatus(state=self._state, restarts=self.restarts, detail=self._replica.detail())
