@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from modelserve.registry import Registry
     from modelserve.server import AsyncModelServer, ModelServer
     from modelserve.signature import Field, Signature
-    from modelserve.types import ModelVersion, Prediction
+    from modelserve.types import ModelVersion, Prediction, Scaling
 
 _HOMES = {
     "config": ("ModelOptions", "Settings"),
@@ -61,7 +61,7 @@ _HOMES = {
     "registry": ("Registry",),
     "server": ("AsyncModelServer", "ModelServer"),
     "signature": ("Field", "Signature"),
-    "types": ("ModelVersion", "Prediction"),
+    "types": ("ModelVersion", "Prediction", "Scaling"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -88,6 +88,7 @@ __all__ = [
     "Overloaded",
     "Prediction",
     "Registry",
+    "Scaling",
     "Settings",
     "Signature",
     "VersionExists",

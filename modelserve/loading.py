@@ -80,19 +80,21 @@ class Loader:
     def __init__(
         self, store: ArtifactStore, cache: DiskCache, executor: Executor, observers: Observers | None = None
     ) -> None:
-        self._observers = observers or Observers()
+        self._observers = Observers() if observers is None else observers
         self._store = store
         self._cache = cache
         self._executor = executor
 
-    async def load(self, meta: ModelVersion, options: ModelOptions) -> LoadedVersion:
+    async def load(self, meta: ModelVersion, options: ModelOptions, *, niceness: int = 0) -> LoadedVersion:
         """Return the version, warm and proven to answer as it did at registration.
+
+        ``niceness`` lowers the priority of its worker processes, for versions that only shadow another.
 
         Raises ``LoadError`` (or ``BackendUnavailable`` when the artifact cannot be had now); nothing stays behind then.
         """
         signature = Signature.from_json(meta.signature)
         artifact = await self._fetch(meta.artifact)
-        pool = _pool_for(meta, options, signature, artifact, self._observers.emit)
+        pool = _pool_for(meta, options, signature, artifact.path, niceness=niceness, tell=self._observers.emit)
         try:
             proof = Proof(signature, await self._example(meta), largest_batch=options.batch_rows)
             await pool.start(proof)
@@ -122,9 +124,15 @@ class Loader:
 
 
 def _pool_for(
-    meta: ModelVersion, options: ModelOptions, signature: Signature, artifact: Lease, tell: Callable[[Event], None]
+    meta: ModelVersion,
+    options: ModelOptions,
+    signature: Signature,
+    path: Path,
+    *,
+    niceness: int,
+    tell: Callable[[Event], None],
 ) -> Pool:
-    make_replica = _process_replica if options.executor == "process" else _thread_replica
+    make_replica = partial(_process_replica, niceness) if options.executor == "process" else _thread_replica
     smallest, largest = options.replica_range
     pool_options = PoolOptions(
         smallest=smallest,
@@ -139,7 +147,7 @@ def _pool_for(
         scaling=options.scaling,
     )
     return Pool(
-        partial(make_replica, meta, options, signature, artifact.path),
+        partial(make_replica, meta, options, signature, path),
         pool_options,
         fingerprint=lambda row: hashlib.sha256(signature.canonical(row)).digest(),
         model_name=meta.model_name,
@@ -156,7 +164,9 @@ def _thread_replica(meta: ModelVersion, options: ModelOptions, signature: Signat
     return ThreadReplica(load, signature, name=f"modelserve-{meta.model_name}-{meta.version}")
 
 
-def _process_replica(meta: ModelVersion, options: ModelOptions, signature: Signature, path: Path) -> Replica:
+def _process_replica(
+    niceness: int, meta: ModelVersion, options: ModelOptions, signature: Signature, path: Path
+) -> Replica:
     spec = WorkerSpec(
         framework=plugins.framework_path(meta.framework),
         path=str(path),
@@ -165,6 +175,7 @@ def _process_replica(meta: ModelVersion, options: ModelOptions, signature: Signa
         signature=signature.to_json(),
         allow_pickle=options.allow_pickle,
         replicas=options.replica_range[1],
+        niceness=niceness,
     )
     return ProcessReplica(spec, signature, name=f"modelserve-{meta.model_name}-{meta.version}")
 

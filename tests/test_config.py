@@ -46,6 +46,9 @@ def test_keywords_beat_the_environment_beats_the_file(config: Path, monkeypatch:
         ("nonsense = 1", "nonsense: "),
         ('[models.churn]\nexecutor = "magic"', "models.churn.executor: "),
         ("[models.churn]\nunknown = 1", "models.churn.unknown: "),
+        ("[models.churn]\nreplicas = [4, 1]", "models.churn.replicas: .*smaller one"),
+        ("[models.churn.scaling]\nout_above = 3", "models.churn.scaling: .*never rest"),
+        ("[models.churn.scaling]\nunknown = 3", "models.churn.scaling.unknown: "),
         ("not toml", "Expected"),
     ],
 )
@@ -61,6 +64,12 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     """A path that leads nowhere is not silently the defaults."""
     with pytest.raises(ConfigError, match="no configuration file"):
         Settings.load(tmp_path / "absent.toml")
+
+
+def test_replicas_are_a_number_or_a_range() -> None:
+    """One number is both the fewest and the most."""
+    assert ModelOptions(replicas=3).replica_range == (3, 3)
+    assert ModelOptions(replicas=(1, 4)).replica_range == (1, 4)
 
 
 @pytest.mark.parametrize("options", [{"replicas": 0}, {"timeout_ms": 0}, {"max_batch_size": 0}, {"queue_limit": -1}])

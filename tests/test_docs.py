@@ -26,6 +26,7 @@ import modelserve
 from modelserve import errors
 from modelserve.config import ModelOptions, Settings
 from modelserve.http import problems
+from modelserve.types import Scaling
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 30
@@ -142,7 +143,9 @@ def test_the_configuration_file_shown_is_read() -> None:
     settings = Settings.load("modelserve.toml")
 
     assert settings.models is not None
-    assert settings.models["churn"] == ModelOptions(replicas=2, timeout_ms=200)
+    scaling = Scaling(in_after_s=600)
+    expected = ModelOptions(executor="process", replicas=(1, 4), timeout_ms=200, scaling=scaling)
+    assert settings.models["churn"] == expected
 
 
 def test_every_option_of_a_model_is_documented() -> None:

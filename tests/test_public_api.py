@@ -30,6 +30,7 @@ NAMES = [
     "Overloaded",
     "Prediction",
     "Registry",
+    "Scaling",
     "Settings",
     "Signature",
     "VersionExists",

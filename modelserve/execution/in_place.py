@@ -13,18 +13,22 @@ _CAP_S: Final = 0.002  # no batch may hold up the loop for longer; one that does
 _FIRST_BAR_S: Final = 1.0
 _LONGEST_BAR_S: Final = 3600.0
 _PARDON: Final = 1000  # batches within the cap, and the last offence is forgotten
+_TRIALS: Final = 16  # batches in the thread before the first may run in place; a warm-up has about that many
 
 
 class InPlace:
     """Learns what batches cost and says which may run on the event loop itself.
 
-    Only what is expected to take less than ``HAND_OVER_S`` may. An expectation can fail: after a batch that took more
-    than the cap, none runs in place for a second, after the next such batch for two, and so on up to an hour.
+    Only what is expected to take less than ``HAND_OVER_S`` may, as judged by the fastest run of each size at first. An
+    expectation can fail: after a batch that took more than the cap, none runs in place for a second, after the next
+    such batch for two, and so on up to an hour.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._cost = CostModel()
+        self._fastest: dict[int, float] = {}  # by number of rows, until the cost is known
+        self._tried = 0
         self._bar_s = _FIRST_BAR_S
         self._barred_until = 0.0
         self._within = 0
@@ -41,9 +45,15 @@ class InPlace:
         return not self._barred_until or self._clock() >= self._barred_until
 
     def ran_elsewhere(self, rows: int, seconds: float) -> None:
-        """Learn from a batch in the thread, until one ran in place: beside a busy loop a thread's times say little."""
-        if self.batches == 0:
-            self._cost.observe(rows, seconds)
+        """Learn from a batch in the thread. Beside a busy loop only short times and new sizes tell anything there."""
+        if self._cost.known:
+            if rows > self._cost.largest or seconds < self._cost.seconds(rows):
+                self._cost.observe(rows, seconds)
+            return
+        self._tried += 1
+        self._fastest[rows] = min(seconds, self._fastest.get(rows, seconds))
+        if self._tried >= _TRIALS and len(self._fastest) > 1:
+            self._cost.seed(self._fastest)
 
     def ran(self, rows: int, seconds: float) -> None:
         """Learn from a batch that ran in place."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from modelserve.errors import DeadlineExceeded, InferenceFailed, LoadFailed, NotReady
+from modelserve.errors import DeadlineExceeded, InferenceFailed, LoadFailed, NotReady, WorkerDied
 from modelserve.execution import batcher, thread
 from modelserve.execution.pool import Pool, PoolOptions
 from modelserve.execution.seat import Infer
@@ -221,3 +222,104 @@ async def test_an_answer_that_does_not_match_its_rows_is_refused(answer: Columns
     (failure,) = await pool.submit(rows(1.0), later())
     assert isinstance(failure, InferenceFailed)
     await pool.stop()
+
+
+async def proof(infer: Infer) -> None:
+    """Run a few batches of several sizes, as a warm-up does."""
+    for size in (1, 2, 4, 8, 16):
+        for _ in range(4):
+            await infer(rows(*range(size)))
+
+
+async def test_a_batch_cheaper_than_the_way_to_the_thread_runs_in_place() -> None:
+    """Once a model is known to take microseconds, its batches run on the event loop itself, and the status says so."""
+    model = Model()
+    pool = pool_of(model, max_rows=16)
+    await pool.start(proof)
+    for i in range(100):
+        assert await pool.submit(rows(float(i)), later()) == [2.0 * i]
+    assert threading.get_ident() in model.threads
+    assert pool.status().replicas[0].detail["in_place"] > 0
+    await pool.stop()
+
+
+async def test_a_batch_dearer_than_the_way_to_the_thread_never_runs_in_place() -> None:
+    """A model of a millisecond stays in its thread."""
+    model = Model(lambda _: time.sleep(0.001))
+    pool = pool_of(model, max_rows=16)
+    await pool.start(proof)
+    for i in range(50):
+        assert await pool.submit(rows(float(i)), later()) == [2.0 * i]
+    assert model.threads.isdisjoint({threading.get_ident()})
+    assert pool.status().replicas[0].detail == {"in_place": 0, "over_cap": 0}
+    await pool.stop()
+
+
+async def test_batches_in_place_starve_nobody() -> None:
+    """With 256 callers whose batches run in place, each gets its share, and other work of the loop gets its turns."""
+    pool = pool_of(Model(), max_rows=256, queue_limit=1024)
+    await pool.start(proof)
+    counts = [0] * 256
+    turns = 0
+    done = asyncio.Event()
+
+    async def caller(number: int) -> None:
+        while not done.is_set():
+            assert await pool.submit(rows(float(number)), later()) == [2.0 * number]
+            counts[number] += 1
+            if sum(counts) > 20_000:
+                done.set()
+
+    async def other_work() -> None:
+        nonlocal turns
+        while not done.is_set():
+            await asyncio.sleep(0)
+            turns += 1
+
+    await asyncio.gather(other_work(), *(caller(number) for number in range(256)))
+    status = pool.status()
+    assert status.replicas[0].detail["in_place"] > 0
+    assert min(counts) > max(counts) / 2
+    assert turns >= status.batches.batches - len((1, 2, 4, 8, 16)) * 4
+    await pool.stop()
+
+
+async def test_an_error_in_place_is_an_inference_failure_like_any_other() -> None:
+    """A row that a model raises on fails alone, wherever its batch runs."""
+
+    def refuse_sevens(columns: Columns) -> None:
+        if 7.0 in columns["x"] and len(columns["x"]) < 4:
+            raise ValueError("seven")
+
+    pool = pool_of(Model(refuse_sevens), max_rows=16)
+    await pool.start(proof)
+    answers = await asyncio.gather(*(pool.submit(rows(float(i)), later()) for i in (6, 7)))
+    assert answers[0] == [12.0]
+    assert isinstance(answers[1][0], InferenceFailed)
+    await pool.stop()
+
+
+async def test_a_killed_thread_gives_up_its_batch_and_is_over_when_it_ends() -> None:
+    """A thread cannot be killed: its callers are told at once, it takes nothing more, and it ends with its batch."""
+    started, release = threading.Event(), threading.Event()
+
+    def hold(_: Columns) -> None:
+        started.set()
+        release.wait(10)
+
+    replica = ThreadReplica(lambda: Model(hold), SIGNATURE)
+    await replica.start()
+    running, staged = replica.infer(rows(1.0)), replica.infer(rows(2.0))
+    await asyncio.to_thread(started.wait, 10)
+    replica.kill("it hangs")
+    with pytest.raises(WorkerDied, match="it hangs"):
+        await running
+    with pytest.raises(NotRun):
+        await staged
+    assert not replica.alive
+    over = asyncio.create_task(replica.ended())
+    await asyncio.sleep(0)
+    assert not over.done()
+    release.set()
+    assert await over == "it hangs"
+    await replica.stop()
