@@ -15,7 +15,9 @@ from modelserve.execution.cost import CostModel
 # A call that arrives just after a batch has left waits for that batch and for its own. Two batches of this share
 # leave a fifth of the objective for the batches that take longer than expected, and for the way there and back.
 _BATCH_SHARE: Final = 0.4
-_WITHIN: Final = 0.8
+_WITHIN: Final = 2 * _BATCH_SHARE
+_MARGIN: Final = 0.9
+_BURST: Final = 0.25  # of the objective: a queue that stands for longer is not the burst of a moment
 _EFFICIENT: Final = 0.1  # fixed costs below this share of a batch: waiting for more company gains little
 
 
@@ -48,24 +50,25 @@ class Admission:
         self.cost.observe(rows, seconds)
         self._adapt()
 
-    def seconds_until_done(self, ahead: int, rows: int, runners: int) -> float:
+    def standing(self, seconds: float) -> bool:
+        """Whether a queue that no runner has emptied for so long is overload, and not a burst."""
+        return seconds > self._slo_s * _BURST
+
+    def seconds_until_done(self, ahead: int, rows: int, *, runners: int, standing: bool) -> float:
         """Return how long after a runner becomes free a call of ``rows``, behind ``ahead`` others, is answered."""
         before = (ahead + rows - 1) // self.max_rows
-        if before == 0:
+        if before == 0 and not standing:
             return self.cost.seconds(ahead + rows)
-        return before * self._full_s / max(1, runners) + self._full_s  # with a queue this long, its own will be full
+        return before * self._full_s / max(1, runners) + self._full_s  # others will join until its own batch is full
 
-    def latest(self, ahead: int, rows: int, *, now: float, deadline: float, standing_s: float) -> float:
+    def latest(self, now: float, deadline: float, *, standing: bool) -> float:
         """Return by when a call has to be foreseen to be done for it to be let in.
 
-        That is its deadline, less a margin. But a queue that did not empty for half the objective is overload,
-        not a burst, and then calls that do not fit the next batch have to fit the objective as well. (The two
-        regimes are those of B. Maurer, "Fail at Scale", ACM Queue 13(8), 2015, who takes the idea from CoDel.)
+        That is its deadline, less a margin, and in a standing queue the objective as well, or at least the next
+        batch. (The two regimes are those of B. Maurer, "Fail at Scale", ACM Queue 13(8), 2015, after CoDel.)
         """
-        latest = now + (deadline - now) * (1 - (1 - _WITHIN) / 2)
-        if ahead + rows > self.max_rows and standing_s > self._slo_s / 2:
-            return min(latest, now + self._slo_s * _WITHIN)
-        return latest
+        latest = now + (deadline - now) * _MARGIN
+        return min(latest, now + max(self._slo_s * _WITHIN, 2 * self._full_s)) if standing else latest
 
     def _adapt(self) -> None:
         cost = self.cost

@@ -100,7 +100,8 @@ class Batcher(Generic[In, Out]):
         self._window: asyncio.TimerHandle | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_due = 0.0  # beside the handle, because uvloop's does not always know
-        self._emptied = self._loop.time()
+        self._resting = True  # a runner has nothing to do, because nothing waits
+        self._rested = self._loop.time()  # when one last had
         self._closed = False
         self._sizes: Counter[int] = Counter()
         self._reasons: Counter[str] = Counter()
@@ -226,9 +227,7 @@ class Batcher(Generic[In, Out]):
         if self._idle or not self._lanes:
             return
         foreseen = self._foreseen(rows, now)
-        standing_s = now - self._emptied
-        latest = self.admission.latest(self.waiting, rows, now=now, deadline=deadline, standing_s=standing_s)
-        if foreseen > latest:
+        if foreseen > self.admission.latest(now, deadline, standing=self._standing(now)):
             self._refuse("late", f"it would take {foreseen - now:.2g} s to answer, which is too late", foreseen - now)
 
     def _make_room(self, rows: int, now: float) -> None:
@@ -248,7 +247,13 @@ class Batcher(Generic[In, Out]):
     def _foreseen(self, rows: int, now: float) -> float:
         """Return when a call that joins the queue now will be answered."""
         free_at = min((lane.free_at for lane in self._lanes), default=now)
-        return max(now, free_at) + self.admission.seconds_until_done(self.waiting, rows, len(self._lanes))
+        runners, standing = len(self._lanes), self._standing(now)
+        return max(now, free_at) + self.admission.seconds_until_done(
+            self.waiting, rows, runners=runners, standing=standing
+        )
+
+    def _standing(self, now: float) -> bool:
+        return not self._resting and self.admission.standing(now - self._rested)
 
     # -- from queue to runner ------------------------------------------------------------------------------
 
@@ -296,7 +301,6 @@ class Batcher(Generic[In, Out]):
             return [part for part in self._again.popleft() if part[0].wanted(now)]
         if self.waiting <= self.admission.max_rows:  # the ordinary case: all that waits goes
             calls, self._queue, self.waiting = self._queue, deque(), 0
-            self._emptied = now
             return [(call, call.taken, len(call.items)) for call in calls if call.wanted(now)]
         parts: list[Part[In, Out]] = []
         room = self.admission.max_rows
@@ -319,10 +323,13 @@ class Batcher(Generic[In, Out]):
         rows = len(items)
         self._sizes[(rows - 1).bit_length()] += 1
         self._reasons["staged" if lane.batches else "full" if rows >= self.admission.max_rows else "idle"] += 1
+        now = self._loop.time()
         self._idle -= not lane.batches
+        if self._resting:
+            self._resting, self._rested = False, now
         batch = _Batch(parts, rows, self._clock())
         lane.batches.append(batch)
-        lane.free_at = max(lane.free_at, self._loop.time()) + self.admission.cost.seconds(rows)
+        lane.free_at = max(lane.free_at, now) + self.admission.cost.seconds(rows)
         batch.running = asyncio.ensure_future(lane.run(items))
         if batch.running.done():
             self._finish(lane, batch, batch.running)
@@ -358,6 +365,7 @@ class Batcher(Generic[In, Out]):
         else:
             lane.free_at = 0.0
             self._idle += lane.drained is None
+            self._resting = self._resting or not (self._queue or self._again)
             self._leave(lane)
 
     def _leave(self, lane: Lane[In, Out]) -> None:
