@@ -76,12 +76,12 @@ class ProcessReplica:
         self._batches = 0
         self._ready = False
         self._ending: str | None = None
+        self._loop = asyncio.get_running_loop()
+        self._loaded: asyncio.Future[None] = self._loop.create_future()
+        self._ended: asyncio.Future[str] = self._loop.create_future()
 
     async def start(self) -> None:
         """Start the worker and have it load the model. Raises ``LoadError``."""
-        self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[str] = self._loop.create_future()
-        self._loaded: asyncio.Future[None] = self._loop.create_future()
         try:
             connection = self._spawn()
             self._transport, _ = await self._loop.create_unix_connection(
@@ -112,6 +112,7 @@ class ProcessReplica:
     async def stop(self) -> None:
         """Let the worker finish its batch and end; kill it if it does not."""
         if self._process is None:
+            self.kill("it was stopped")
             return
         if self._ending is None:
             self._ending = "it was stopped"
@@ -127,6 +128,8 @@ class ProcessReplica:
         self._ending = self._ending or reason
         if self._process is not None:
             self._process.kill()
+        elif not self._ended.done():
+            self._ended.set_result(f"{self._ending} (it was never started)")
         self._give_up()
 
     async def ended(self) -> str:
