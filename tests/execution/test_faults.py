@@ -1,4 +1,4 @@
-"""Pools of worker processes while something goes wrong and 64 callers go on: each call ends typed, right and in time."""
+"""Pools of worker processes while something goes wrong and 64 callers go on; each call ends right or typed, in time."""
 
 from __future__ import annotations
 

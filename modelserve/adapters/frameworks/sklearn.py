@@ -7,6 +7,8 @@ the list of trusted types that was written down at registration. The ``joblib`` 
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +41,7 @@ _PARTS_OF_SKLEARN: Final = frozenset(
         "sklearn.tree._tree.Tree",
     }
 )
+_LEFT_IN_MAIN: Final = re.compile(r"Can't get attribute '([\w.]+)' on <module '([\w.]+)'")
 _FORMAT_OF_SUFFIX: Final = {".skops": "skops", ".joblib": "joblib", ".pkl": "joblib", ".pickle": "joblib"}
 
 
@@ -215,5 +218,13 @@ def _load_joblib(path: Path, *, allow_pickle: bool) -> Any:
     joblib = plugins.require("joblib")
     try:
         return joblib.load(path)
+    except AttributeError as error:
+        missing = _LEFT_IN_MAIN.search(str(error))
+        if missing is None or missing[2] not in {"__main__", getattr(sys.modules["__main__"].__spec__, "name", None)}:
+            raise LoadFailed(f"joblib cannot read the artifact: {error}") from error
+        raise LoadFailed(
+            f"the artifact needs the class {missing[1]!r} of the script or notebook that registered it; define it in a "
+            "module that can be imported where the model is served, and register again"
+        ) from error
     except Exception as error:
         raise LoadFailed(f"joblib cannot read the artifact: {type(error).__name__}: {error}") from error
