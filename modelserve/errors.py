@@ -216,3 +216,11 @@ class ForkedServer(ModelServeError):
             f"this ModelServer was started in process {started_in} and copied by fork into {used_in}, where its "
             "threads do not exist; start it after the fork (gunicorn: in post_fork, or give ms.wsgi an unstarted one)"
         )
+
+
+def in_words(error: BaseException) -> str:
+    """Return the kind of an error and its message, also of one that cannot say it."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001  # a foreign error's __str__ can do anything
+        return type(error).__name__

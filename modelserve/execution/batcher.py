@@ -299,11 +299,11 @@ class Batcher(Generic[In, Out]):
         now = self._loop.time()
         if self._again:
             return [part for part in self._again.popleft() if part[0].wanted(now)]
-        if self.waiting <= self.admission.max_rows:  # the ordinary case: all that waits goes
+        room = self._share()
+        if self.waiting <= room:  # the ordinary case: all that waits goes
             calls, self._queue, self.waiting = self._queue, deque(), 0
             return [(call, call.taken, len(call.items)) for call in calls if call.wanted(now)]
         parts: list[Part[In, Out]] = []
-        room = self.admission.max_rows
         while self._queue and room:
             call = self._queue[0]
             start, left = call.taken, len(call.items) - call.taken
@@ -316,6 +316,13 @@ class Batcher(Generic[In, Out]):
                 self._queue.popleft()
             self.waiting -= rows or left
         return parts
+
+    def _share(self) -> int:
+        """Return how many rows may go: a batch, or an equal share where several runners are free and that is cheap."""
+        most = self.admission.max_rows
+        if self._idle < 2:  # noqa: PLR2004  # this runner is the only one
+            return most
+        return min(most, max(self.admission.stage_rows, -(-self.waiting // self._idle)))
 
     def _run(self, lane: Lane[In, Out], parts: list[Part[In, Out]]) -> bool:
         """Hand a batch to a runner; return whether it is done already."""

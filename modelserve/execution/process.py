@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from modelserve.errors import ArtifactUnsafe, InferenceFailed, LoadFailed, ModelServeError, WorkerDied
+from modelserve.errors import ArtifactUnsafe, InferenceFailed, LoadFailed, ModelServeError, WorkerDied, in_words
 from modelserve.execution import wire
 from modelserve.execution.arena import Arena
 from modelserve.execution.cores import thread_limits
@@ -32,6 +32,7 @@ from modelserve.types import Json, Row
 
 _log = logging.getLogger("modelserve")
 _STOP_S: Final = 5.0  # how long a worker may take to finish its batch and end, before it is killed
+_DRAIN_S: Final = 0.1  # how long a dead worker's socket may stay open: somebody else may hold its other end
 _MODULE: Final = "modelserve.execution.worker"
 
 
@@ -76,6 +77,7 @@ class ProcessReplica:
         self._batches = 0
         self._ready = False
         self._ending: str | None = None
+        self._status: int | None = None
         self._loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[None] = self._loop.create_future()
         self._ended: asyncio.Future[str] = self._loop.create_future()
@@ -89,7 +91,7 @@ class ProcessReplica:
             )
             self._transport.write(wire.frame(wire.START, text=json.dumps(dataclasses.asdict(self._spec)).encode()))
             await self._loaded
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no such program, no descriptor, no thread
             self.kill(f"it could not be started: {error}")
             raise LoadFailed(f"the worker process could not be started: {error}") from error
         except BaseException as error:
@@ -103,10 +105,15 @@ class ProcessReplica:
         if self._ending is not None or self._transport is None:
             answer.set_exception(NotRun())
             return answer
-        self._batches += 1
-        sent = _Sent(self._batches, len(rows), answer)
+        sent = _Sent(self._batches + 1, len(rows), answer)
+        try:
+            frame = self._batch(sent, rows)
+        except (OSError, MemoryError) as error:
+            answer.set_exception(InferenceFailed(f"no memory to hand {len(rows)} rows over: {in_words(error)}"))
+            return answer
+        self._batches = sent.seq
         self._sent.append(sent)
-        self._transport.write(self._batch(sent, rows))
+        self._transport.write(frame)
         return answer
 
     async def stop(self) -> None:
@@ -149,20 +156,23 @@ class ProcessReplica:
 
     def _spawn(self) -> socket.socket:
         """Start the process from the loop's own thread: the kernel ties the worker's life to the thread it is from."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._arenas = [Arena.create() for _ in range(2 * wire.ARENAS)]
-            inherited = [theirs.fileno(), *(arena.fd for arena in self._arenas)]
-            command = [sys.executable, "-P", "-m", _MODULE, str(os.getpid()), *map(str, inherited)]
-            try:
-                self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
+        with contextlib.ExitStack() as undo:
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            undo.callback(self._close_arenas)
+            with theirs:
+                for _ in range(2 * wire.ARENAS):
+                    self._arenas.append(Arena.create())
+                inherited = [theirs.fileno(), *(arena.fd for arena in self._arenas)]
+                command = [sys.executable, "-P", "-m", _MODULE, str(os.getpid()), *map(str, inherited)]
+                process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
                     command, pass_fds=inherited, stdin=subprocess.DEVNULL, env=self._environment()
                 )
-            except BaseException:
-                ours.close()
-                self._close_arenas()
-                raise
-        threading.Thread(target=self._wait, args=(self._process,), name=f"{self._name}-wait", daemon=True).start()
+            undo.callback(process.wait)
+            undo.callback(process.kill)
+            threading.Thread(target=self._wait, args=(process,), name=f"{self._name}-wait", daemon=True).start()
+            undo.pop_all()
+        self._process = process
         return ours
 
     def _environment(self) -> dict[str, str]:
@@ -178,14 +188,28 @@ class ProcessReplica:
 
     def _lost(self, reason: str) -> None:
         """The socket was closed: the worker has died, or it ends as it was told to."""
-        if self._ending is None:
+        if self._status is not None:
+            self._over()
+        elif self._ending is None:
             self.kill(reason)
 
     def _gone(self, status: int) -> None:
+        """The process has ended. What it answered before may still lie in the socket, and comes before its end."""
+        self._status = status
         self._ending = self._ending or "it died"
+        self._ready = False
+        if self._transport is None or self._transport.is_closing():
+            self._over()
+        else:
+            self._loop.call_later(_DRAIN_S, self._over)
+
+    def _over(self) -> None:
+        if self._ended.done():
+            return
         self._give_up()
         self._close_arenas()
-        self._ended.set_result(f"{self._ending} ({_outcome(status)})")
+        assert self._status is not None  # it is over when the process has ended
+        self._ended.set_result(f"{self._ending} ({_outcome(self._status)})")
 
     def _give_up(self) -> None:
         """Take no more batches, and tell whoever waits for the ones at hand."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, Final, NamedTuple
 
-from modelserve.errors import InferenceFailed, LoadError, LoadFailed, WorkerDied
+from modelserve.errors import InferenceFailed, LoadError, LoadFailed, WorkerDied, in_words
 from modelserve.execution.in_place import InPlace
 from modelserve.ports import Model, NotRun
 from modelserve.signature import Signature, unstack
@@ -50,7 +50,7 @@ class ThreadReplica:
         except LoadError:
             raise
         except Exception as error:
-            raise LoadFailed(f"the model did not load: {type(error).__name__}: {error}") from error
+            raise LoadFailed(f"the model did not load: {in_words(error)}") from error
 
     def infer(self, rows: Sequence[Row]) -> asyncio.Future[list[Json]]:
         """Stack the rows, run the model on them and unstack its answer, in the replica's thread or in place."""
@@ -128,7 +128,7 @@ class ThreadReplica:
         except InferenceFailed:
             raise
         except BaseException as error:
-            raise InferenceFailed(f"the model raised {type(error).__name__}: {error}") from error
+            raise InferenceFailed(f"the model raised {in_words(error)}") from error
 
     # -- in the thread -------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class ThreadReplica:
             try:
                 result = job.work()
             except BaseException as raised:  # noqa: BLE001  # even to exit: what a model does is its caller's to see
-                error = raised if isinstance(raised, Exception) else InferenceFailed(f"it raised {raised!r}")
+                error = raised if isinstance(raised, Exception) else InferenceFailed(f"it raised {in_words(raised)}")
             self._tell(self._settle, job, perf_counter() - began, result, error)
             del job, result, error  # a waiting thread must not keep the last batch in memory
         self._model = None

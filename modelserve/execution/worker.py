@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelserve import plugins
-from modelserve.errors import InferenceFailed, LoadError, LoadFailed
+from modelserve.errors import InferenceFailed, LoadError, LoadFailed, in_words
 from modelserve.execution import wire
 from modelserve.execution.arena import Arena
 from modelserve.ports import Framework, Model
@@ -77,7 +77,7 @@ class _Worker:
             signature = Signature.from_json(spec["signature"])
             layout, model = wire.RowLayout(signature.inputs), _load(spec)
         except BaseException as error:  # noqa: BLE001  # whatever loading raises, even to exit, is the host's to know
-            self._send(wire.REFUSED, text=_described(error))
+            self._send(wire.REFUSED, text=_refusal(error))
             return
         self._send(wire.READY)
         while True:
@@ -87,18 +87,19 @@ class _Worker:
         header, text, block = self._receive()
         began = time.perf_counter()
         try:
-            columns = layout.read(header.rows, block, text)
-            outputs = _infer(model, columns, header.rows)
-        except InferenceFailed as error:
-            self._send(wire.FAILED, text=_described(error), seq=header.seq)
+            outputs = _infer(model, layout.read(header.rows, block, text), header.rows)
+            place = self._place(header.seq, outputs.size)
+            outputs.write(place)
+        except BaseException as error:  # noqa: BLE001  # even to exit: what a model does is its caller's to see
+            self._send(wire.FAILED, text=_failure(error), seq=header.seq)
             return
-        place: Any = bytearray(outputs.size)
-        if outputs.size > wire.INLINE:
-            place = self._responses[header.seq % wire.ARENAS].block(outputs.size)
-        outputs.write(place)
         told: dict[str, Any] = {"arena": outputs.size} if outputs.size > wire.INLINE else {"block": place}
         seconds = time.perf_counter() - began
         self._send(wire.ANSWER, text=outputs.text, seq=header.seq, rows=header.rows, seconds=seconds, **told)
+
+    def _place(self, seq: int, size: int) -> Any:
+        """Return where an answer is written: in shared memory if it is large."""
+        return bytearray(size) if size <= wire.INLINE else self._responses[seq % wire.ARENAS].block(size)
 
     def _receive(self) -> tuple[wire.Header, memoryview, memoryview]:
         header = wire.parse_header(self._exactly(wire.HEADER_BYTES))
@@ -128,20 +129,26 @@ def _load(spec: dict[str, Any]) -> Model:
 
 
 def _infer(model: Model, columns: Any, rows: int) -> wire.Outputs:
-    try:
-        columns = model.infer(columns)
-        check_outputs(columns, rows)
-        return wire.outputs_of(columns)
-    except InferenceFailed:
-        raise
-    except BaseException as error:
-        raise InferenceFailed(f"the model raised {type(error).__name__}: {error}") from error
+    outputs = model.infer(columns)
+    check_outputs(outputs, rows)
+    return wire.outputs_of(outputs)
 
 
-def _described(error: BaseException) -> bytes:
-    """Name the error and say its message; what is none of ours is a failure to load."""
-    if not isinstance(error, LoadError | InferenceFailed):
-        error = LoadFailed(f"the model did not load: {type(error).__name__}: {error}")
+def _failure(error: BaseException) -> bytes:
+    """Describe why a batch failed."""
+    if not isinstance(error, InferenceFailed):
+        error = InferenceFailed(f"the model raised {in_words(error)}")
+    return _described(error)
+
+
+def _refusal(error: BaseException) -> bytes:
+    """Describe why the model did not load."""
+    if not isinstance(error, LoadError):
+        error = LoadFailed(f"the model did not load: {in_words(error)}")
+    return _described(error)
+
+
+def _described(error: Exception) -> bytes:
     return json.dumps([type(error).__name__, str(error)]).encode()
 
 

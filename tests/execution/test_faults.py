@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import os
 import signal
-import threading
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -29,12 +29,12 @@ from modelserve.testing.misbehaving import (
     LIE,
     LOOP,
     MEMORY,
-    PATH,
     RAISE,
     SEGFAULT,
     STUCK,
 )
 from modelserve.testing.replicas import NUMBER, numbers
+from tests.execution.faulty import PATH
 
 TIMEOUT_S = 1.0
 CALLERS = 64
@@ -124,9 +124,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture(params=[2, 1], ids=["two workers", "one worker"])
-async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
+async def world(request: pytest.FixtureRequest, nothing_left: None) -> AsyncIterator[World]:
     """A pool of touchy models; afterwards no process, thread or descriptor of it is left."""
-    before = _held()
     told: list[Event] = []
     load_options: dict[str, Any] = {}
 
@@ -146,16 +145,6 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     await pool.start(prove)
     yield World(pool, told, load_options)
     await pool.stop()
-    for each in threading.enumerate():
-        if each.name.startswith("modelserve"):
-            await asyncio.to_thread(each.join, 10)
-    await asyncio.get_running_loop().shutdown_default_executor()
-    assert _held() <= before
-
-
-def _held() -> int:
-    descriptors = Path("/proc/self/fd")
-    return len(list(descriptors.iterdir())) if descriptors.exists() else 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=["killed", "crashed"])
@@ -247,7 +236,7 @@ async def test_an_input_that_the_model_raises_on(world: World, fault: float, nam
     assert world.lost() == []
 
 
-async def test_replacements_that_start_slowly_or_not_at_first(world: World, tmp_path: Path) -> None:
+async def test_replacements_that_do_not_start_at_first(world: World, tmp_path: Path) -> None:
     """While replacements fail to start they are tried again with pauses; then all is as before."""
     broken = tmp_path / "broken"
     broken.touch()
@@ -261,6 +250,58 @@ async def test_replacements_that_start_slowly_or_not_at_first(world: World, tmp_
 
     await crowd.during(strike)
     assert "still no weights" in world.lost()[1]
+
+
+async def test_a_replacement_that_starts_slowly(world: World, tmp_path: Path) -> None:
+    """Until it is there, two workers' callers are answered by the other one, and a lone worker's are told in time."""
+    gate = tmp_path / "gate"
+    world.load_options.update({"gate": str(gate)})
+    crowd = Crowd(world.pool)
+
+    async def strike() -> None:
+        os.kill(world.pid(), signal.SIGKILL)
+        await until(lambda: len(world.lost()) == 1)
+        seen = crowd.answered + crowd.errors.total()
+        await until(lambda: crowd.answered + crowd.errors.total() > seen + CALLERS)
+        assert world.pool.status().replicas[0].state == "starting"
+        gate.touch()
+
+    await crowd.during(strike)
+    assert len(world.lost()) == 1
+    if len(world.pool.status().replicas) == 2:
+        assert not crowd.errors
+
+
+async def test_a_replacement_that_hangs_while_it_starts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed at the limit for starts, and the next one takes its place."""
+    (seat, *_) = world.pool._seats
+    world.load_options.update({"first": "hang"})
+    crowd = Crowd(world.pool)
+
+    async def strike() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(seat, "_start_limit_s", 0.3)
+            os.kill(world.pid(), signal.SIGKILL)
+            await until(lambda: len(world.lost()) == 2)
+        world.load_options.clear()
+
+    await crowd.during(strike)
+    assert "did not start" in world.lost()[1]
+    assert "SIGKILL" in world.lost()[1]
+
+
+async def test_replacements_for_which_there_is_no_process(world: World) -> None:
+    """A host that cannot start a process for a while tries again, and heals."""
+    crowd = Crowd(world.pool)
+
+    async def strike() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", "/nonexistent/python")
+            os.kill(world.pid(), signal.SIGKILL)
+            await until(lambda: len(world.lost()) == 2)
+
+    await crowd.during(strike)
+    assert "could not be started" in world.lost()[1]
 
 
 async def test_replacements_that_never_start_open_the_circuit(

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import multiprocessing
 import os
 import resource
 import signal
-import subprocess
+import socket
+import struct
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from modelserve.errors import LoadFailed, WorkerDied
-from modelserve.execution import cores
+from modelserve.errors import ExecutionError, InferenceFailed, LoadFailed, WorkerDied
+from modelserve.execution import cores, process
+from modelserve.execution.arena import Arena
 from modelserve.execution.process import ProcessReplica, WorkerSpec
 from modelserve.execution.thread import ThreadReplica
 from modelserve.signature import Signature
-from modelserve.testing.misbehaving import DEAF, PATH, SEGFAULT, Misbehaving
-from modelserve.testing.replicas import NUMBER, Make, ReplicaContract, numbers, started
+from modelserve.testing.misbehaving import DEAF, KILLED, SEGFAULT
+from modelserve.testing.replicas import GATED, IMAGE, NUMBER, Make, ReplicaContract, exists, numbers, started
+from tests.execution.faulty import FAULT, FINE, PATH, FaultyFramework
 
 
 def thread_replica(model: str, signature: Signature, **options: Any) -> ThreadReplica:
-    return ThreadReplica(lambda: Misbehaving().load(Path(), model, options), signature)
+    return ThreadReplica(lambda: FaultyFramework().load(Path(), model, options), signature)
 
 
 def process_replica(model: str, signature: Signature, *, niceness: int = 0, **options: Any) -> ProcessReplica:
@@ -58,31 +64,6 @@ class TestProcessReplica(ReplicaContract):
         return process_replica
 
 
-@pytest.fixture
-def nothing_left() -> Iterator[None]:
-    """Fail the test when it leaves a process, a descriptor, a thread or shared memory behind."""
-    before = _held()
-    yield
-    assert _held() == before
-
-
-def _held() -> dict[str, Any]:
-    memory = Path("/dev/shm")  # noqa: S108  # to see that nothing is put there
-    descriptors = Path("/proc/self/fd")
-    return {
-        "children": _children(),
-        "descriptors": len(list(descriptors.iterdir())) if descriptors.exists() else 0,
-        "threads": sorted(each.name for each in threading.enumerate() if each.name.startswith("modelserve")),
-        "shared memory": sorted(each.name for each in memory.iterdir()) if memory.exists() else [],
-    }
-
-
-def _children() -> set[int]:
-    listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    return {pid for pid, parent in pairs if parent == os.getpid()} - {max(pid for pid, _ in pairs)}
-
-
 def test_nothing_is_left_of_a_replica_however_it_ends(nothing_left: None) -> None:
     """After a stop, a kill, a crash and a failed start there is no process, descriptor, thread or shared memory."""
 
@@ -104,9 +85,6 @@ def test_nothing_is_left_of_a_replica_however_it_ends(nothing_left: None) -> Non
         assert "exit status 3" in await failed.ended()
 
     asyncio.run(scenario())
-    for each in threading.enumerate():
-        if each.name.startswith("modelserve"):
-            each.join(10)
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(nothing_left: None) -> None:
@@ -116,10 +94,6 @@ async def test_a_start_that_is_cancelled_leaves_nothing(nothing_left: None) -> N
         await asyncio.wait_for(replica.start(), 0.5)
     await replica.stop()
     assert "SIGKILL" in await replica.ended()
-    for each in threading.enumerate():
-        if each.name.startswith("modelserve"):
-            await asyncio.to_thread(each.join, 10)
-    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 async def test_a_worker_imports_its_adapter_and_little_else() -> None:
@@ -183,3 +157,200 @@ async def test_an_interpreter_that_does_not_start_is_a_load_failure(monkeypatch:
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with pytest.raises(LoadFailed, match="could not be started"):
         await process_replica("double", NUMBER).start()
+
+
+# -- of both kinds, beyond the contract --------------------------------------------------------------------
+
+
+@pytest.fixture(params=[thread_replica, process_replica], ids=["thread", "process"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Return how a replica of either kind is made."""
+    made: Make = request.param
+    return made
+
+
+@pytest.mark.promise("P2")
+async def test_answers_are_the_bare_models_bit_by_bit(make: Make) -> None:
+    """Negative zero, the smallest float, the infinities and NaN come back with the very bits they had."""
+    bare = FaultyFramework().load(Path(), "special", {}).infer({"x": np.array([FAULT])})["output"][0]
+    async with started(make("special", NUMBER)) as replica:
+        answers = await replica.infer(numbers(*[FAULT] * 3))
+    assert [struct.pack("7d", *answer) for answer in answers] == [bare.tobytes()] * 3
+
+
+@pytest.mark.promise("P2")
+async def test_a_model_that_answers_its_own_large_input(make: Make) -> None:
+    """What a model answers may lie where its input lies; the batch behind it does not overwrite it."""
+    async with started(make("echo", IMAGE)) as replica:
+        for first in range(0, 6, 2):
+            at_hand = (first, first + 1)
+            running = [replica.infer([(np.full((3, 64, 64), i, dtype=np.float32),)] * 2) for i in at_hand]
+            for i, each in zip(at_hand, running, strict=True):
+                answers = np.array([answer["x"] for answer in await each])
+                assert answers.shape == (2, 3, 64, 64)
+                assert np.all(answers == i)
+
+
+async def test_values_without_a_json_form_are_refused_by_a_worker() -> None:
+    """A worker writes answers down as JSON, so it refuses a set, and lives on."""
+    async with started(process_replica("sets", NUMBER)) as replica:
+        for _ in range(2):
+            with pytest.raises(InferenceFailed, match="no JSON form"):
+                await replica.infer(numbers(1))
+        assert replica.alive
+
+
+async def test_nothing_is_left_of_a_thread(nothing_left: None) -> None:
+    """After a stop, a kill and a failed start there is no thread of a replica."""
+    async with started(thread_replica("double", NUMBER)) as replica:
+        await replica.infer(numbers(1))
+    killed = thread_replica("double", NUMBER)
+    await killed.start()
+    killed.kill("a test says so")
+    failed = thread_replica("double", NUMBER, first="fail")
+    with pytest.raises(LoadFailed):
+        await failed.start()
+    await failed.stop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        (thread_replica, "too large"),
+        (process_replica, "too large"),
+        (process_replica, "no width"),
+        (thread_replica, "no words"),
+        (process_replica, "no words"),
+    ],
+)
+async def test_a_batch_whose_answer_cannot_be_given_fails_alone(kind: Make, model: str) -> None:
+    """An answer that cannot be written down, or an error without words, is the model's failure and no more."""
+    async with started(kind(model, NUMBER)) as replica:
+        with pytest.raises(InferenceFailed):
+            await replica.infer(numbers(FAULT))
+        assert replica.alive
+        assert await replica.infer(numbers(FINE)) == [0.0]
+
+
+# -- of a process, when host and worker are in a tight spot -----------------------------------------------
+
+
+def _wait_for_the_death_of(replica: ProcessReplica) -> None:
+    """Hold the event loop until the worker is gone and its end was noticed, as a busy host might."""
+    (watcher,) = [each for each in threading.enumerate() if each.name == replica._name + "-wait"]
+    watcher.join(30)
+
+
+@pytest.mark.promise("P2")
+async def test_an_answer_sent_before_a_death_is_not_lost() -> None:
+    """The host was busy: the first batch was answered, the second killed the worker, and each is told so."""
+    replica = process_replica("touchy", NUMBER)
+    await replica.start()
+    answered, fatal = replica.infer(numbers(1)), replica.infer(numbers(KILLED))
+    _wait_for_the_death_of(replica)
+    await asyncio.wait([answered, fatal])
+    await replica.stop()
+    assert isinstance(fatal.exception(), WorkerDied)
+    assert await answered == [2.0]
+
+
+@pytest.mark.promise("P1")
+async def test_an_answer_sent_before_a_stop_is_not_lost(tmp_path: Path) -> None:
+    """The host was busy while a worker finished its batch and ended: the answer is there all the same."""
+    replica = process_replica("gated", GATED)
+    await replica.start()
+    running = replica.infer([(1.0, str(tmp_path / "gate"), str(tmp_path / "started"))])
+    await exists(tmp_path / "started")
+    stopping = asyncio.create_task(replica.stop())
+    await asyncio.sleep(0)
+    (tmp_path / "gate").touch()
+    _wait_for_the_death_of(replica)
+    await asyncio.wait([running])
+    await stopping
+    assert await running == [2.0]
+
+
+async def test_a_batch_that_cannot_be_handed_over_fails_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without memory for an arena fails the batch; the replica is whole afterwards, or says that it is not."""
+    row = (np.ones((3, 64, 64), dtype=np.float32),)
+
+    def no_memory(self: Arena, size: int) -> memoryview:
+        raise OSError(errno.ENOMEM, f"no {size} bytes")
+
+    async with started(process_replica("double", IMAGE)) as replica:
+        with monkeypatch.context() as patch:
+            patch.setattr(Arena, "block", no_memory)
+            failing = replica.infer([row])
+        with pytest.raises(ExecutionError):
+            await failing
+        if replica.alive:
+            assert np.all(np.array(await replica.infer([row])) == 2)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket | Arena]]:
+    """Collect the sockets and arenas that a replica opens; close in the end what it has not."""
+    collected: list[socket.socket | Arena] = []
+    create, socketpair = Arena.create, socket.socketpair
+
+    def collecting_arena() -> Arena:
+        collected.append(create())
+        return collected[-1]  # type: ignore[return-value]
+
+    def collecting_pair() -> tuple[socket.socket, socket.socket]:
+        pair = socketpair()
+        collected.extend(pair)
+        return pair
+
+    monkeypatch.setattr(Arena, "create", collecting_arena)
+    monkeypatch.setattr(process, "socket", SimpleNamespace(socketpair=collecting_pair))
+    yield collected
+    for each in collected:
+        each.close()
+
+
+def _is_open(each: socket.socket | Arena) -> bool:
+    return (each.fd if isinstance(each, Arena) else each.fileno()) >= 0
+
+
+@pytest.mark.promise("P7")
+async def test_a_start_without_descriptors_leaves_none(
+    opened: list[socket.socket | Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that runs out of descriptors half-way is a ``LoadFailed`` and gives back those it had."""
+    create = Arena.create
+
+    def few() -> Arena:
+        if sum(isinstance(each, Arena) for each in opened) == 2:
+            raise OSError(errno.EMFILE, "too many open files")
+        return create()
+
+    monkeypatch.setattr(Arena, "create", few)
+    replica = process_replica("double", NUMBER)
+    with pytest.raises(LoadFailed, match="too many open files"):
+        await replica.start()
+    await replica.stop()
+    assert len(opened) == 4
+    assert not any(map(_is_open, opened))
+
+
+@pytest.mark.promise("P7")
+async def test_a_start_without_a_thread_leaves_nothing(
+    opened: list[socket.socket | Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that gets no thread to wait in is a ``LoadFailed``, and the replica comes to its end."""
+
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    replica = process_replica("double", NUMBER)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
+            with pytest.raises(LoadFailed):
+                await replica.start()
+        await asyncio.wait_for(replica.ended(), 10)
+        assert not any(map(_is_open, opened))
+    finally:
+        if replica._process is not None:  # a process that nobody waited for would trouble the tests after this one
+            replica._process.wait()

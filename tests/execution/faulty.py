@@ -1,0 +1,84 @@
+"""Models that are wrong in rarer ways than those of :mod:`modelserve.testing.misbehaving`, and loads that wait.
+
+Importable in a worker: ``PATH`` is what it resolves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, NoReturn
+
+import numpy as np
+
+from modelserve.ports import Model
+from modelserve.testing.misbehaving import Misbehaving
+from modelserve.types import SOLE_OUTPUT, Columns, Json
+
+PATH: Final = "tests.execution.faulty:FaultyFramework"
+FINE, FAULT = 0.0, 1.0
+
+
+class FaultyFramework(Misbehaving):
+    """Loads the models below, and all of :class:`Misbehaving`; ``load_options["gate"]`` names a file to wait for."""
+
+    def load(
+        self,
+        path: Path,
+        format: str,  # noqa: A002
+        load_options: Mapping[str, Json],
+        *,
+        allow_pickle: bool = False,
+    ) -> Model:
+        """Make the model named ``format``, once the gate is open if there is one."""
+        gate = load_options.get("gate")
+        while gate is not None and not Path(gate).exists():
+            time.sleep(0.001)
+        if format in _MODELS:
+            return _Odd(_MODELS[format])
+        return super().load(path, format, load_options, allow_pickle=allow_pickle)
+
+
+class _Odd:
+    """Doubles its input, and does the odd thing for a batch that begins with ``FAULT``."""
+
+    def __init__(self, odd: Callable[[Columns], Columns]) -> None:
+        self._odd = odd
+
+    def infer(self, columns: Columns) -> Columns:
+        return self._odd(columns) if columns["x"][0] == FAULT else {SOLE_OUTPUT: columns["x"] * 2}
+
+
+def _too_large(columns: Columns) -> Columns:
+    """Answer what costs nothing to describe, and more than any address space to write down."""
+    return {SOLE_OUTPUT: np.broadcast_to(np.float64(1.0), (len(columns["x"]), 2**46))}
+
+
+def _no_width(columns: Columns) -> Columns:
+    """Answer strings of no characters."""
+    return {SOLE_OUTPUT: np.ndarray((len(columns["x"]),), "U0")}
+
+
+def _no_words(_: Columns) -> NoReturn:
+    """Raise what cannot say what it is."""
+
+    class Wordless(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    raise Wordless
+
+
+def _special(columns: Columns) -> Columns:
+    """Answer the floats that are easily lost on the way."""
+    special = np.array([-0.0, 5e-324, np.inf, -np.inf, np.nan, 0.1 + 0.2, 2.0**53 + 2])
+    return {SOLE_OUTPUT: np.tile(special, (len(columns["x"]), 1))}
+
+
+_MODELS: Final[dict[str, Callable[[Columns], Columns]]] = {
+    "too large": _too_large,
+    "no width": _no_width,
+    "no words": _no_words,
+    "special": _special,
+}
