@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import io
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ from modelserve.signature import Signature, check_outputs
 
 _PR_SET_PDEATHSIG: Final = 1
 _WATCH_S: Final = 1.0
+_READ_AHEAD: Final = 2 * wire.INLINE
 
 
 def main(arguments: list[str]) -> None:
@@ -65,6 +67,7 @@ def _watch(host: int) -> None:
 class _Worker:
     def __init__(self, connection: socket.socket, arenas: list[Arena]) -> None:
         self._connection = connection
+        self._reader = io.BufferedReader(connection.makefile("rb", 0), _READ_AHEAD)  # a small frame in one system call
         self._requests = arenas[: wire.ARENAS]
         self._responses = arenas[wire.ARENAS :]
 
@@ -110,14 +113,10 @@ class _Worker:
 
     def _exactly(self, size: int) -> memoryview:
         """Read into memory of its own: a model may work on its inputs in place."""
-        data = memoryview(bytearray(size))
-        filled = 0
-        while filled < size:
-            received = self._connection.recv_into(data[filled:])
-            if received == 0:
-                raise EOFError
-            filled += received
-        return data
+        data = bytearray(size)
+        if self._reader.readinto(data) < size:
+            raise EOFError
+        return memoryview(data)
 
     def _send(self, kind: int, **parts: Any) -> None:
         self._connection.sendall(wire.frame(kind, **parts))
