@@ -44,11 +44,13 @@ class _Batch(Generic[In, Out]):
 
     __slots__ = ("began", "parts", "rows", "running")
 
-    def __init__(self, parts: list[Part[In, Out]], rows: int, began: float) -> None:
+    def __init__(
+        self, parts: list[Part[In, Out]], rows: int, began: float, running: asyncio.Future[Sequence[Out]]
+    ) -> None:
         self.parts = parts
         self.rows = rows
         self.began = began  # by the batcher's clock; for a staged batch: when the one before it ended
-        self.running: asyncio.Future[Sequence[Out]]
+        self.running = running
 
 
 class Lane(Generic[In, Out]):
@@ -334,15 +336,22 @@ class Batcher(Generic[In, Out]):
         self._idle -= not lane.batches
         if self._resting:
             self._resting, self._rested = False, now
-        batch = _Batch(parts, rows, self._clock())
+        batch = _Batch(parts, rows, self._clock(), self._begin(lane, items))
         lane.batches.append(batch)
         lane.free_at = max(lane.free_at, now) + self.admission.cost.seconds(rows)
-        batch.running = asyncio.ensure_future(lane.run(items))
         if batch.running.done():
             self._finish(lane, batch, batch.running)
             return True
         batch.running.add_done_callback(partial(self._finish, lane, batch))
         return False
+
+    def _begin(self, lane: Lane[In, Out], items: list[In]) -> asyncio.Future[Sequence[Out]]:
+        try:
+            return asyncio.ensure_future(lane.run(items))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the callers of this batch wait for it
+            failed: asyncio.Future[Sequence[Out]] = self._loop.create_future()
+            failed.set_exception(error)
+            return failed
 
     # -- from result to callers ----------------------------------------------------------------------------
 

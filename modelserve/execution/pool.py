@@ -22,6 +22,7 @@ from modelserve.types import Json, PoolStatus, Row, Scaling
 
 _log = logging.getLogger("modelserve")
 _TICK_S: Final = 0.5
+_LONGEST_WAIT_S: Final = 60.0  # that a refused caller is told to wait
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +183,7 @@ class Pool:
             raise NotReady("the workers of this model keep dying; it is being restarted now and then")
         back = min((seat.ready_at for seat in self._seats), default=math.inf)
         if back > deadline:
-            left = max(0.01, back - self._loop.time())
+            left = min(_LONGEST_WAIT_S, max(0.01, back - self._loop.time()))
             raise Overloaded("no worker of this model is alive, one is being started", retry_after=left)
 
     # -- twice a second ------------------------------------------------------------------------------------
@@ -218,14 +219,17 @@ class Pool:
         if change == 0:
             return
         self._scaled_at = now = self._loop.time()
-        depth = mean_depth(self._history, since=now - (options.scaling.out_after_s))
+        scaled = PoolScaled(
+            *self._name, before, before + change, mean_depth(self._history, since=now - options.scaling.out_after_s)
+        )
         if change > 0:
             seat = self._new_seat()
             self._seats.append(seat)
-            self._in_background(self._grow(seat))
+            self._in_background(self._grow(seat, scaled))
         else:
-            self._in_background(self._shrink(self._seats.pop()))
-        self._tell(PoolScaled(*self._name, before, before + change, depth))
+            seat = self._seats.pop()
+            self._leaving.add(seat)
+            self._in_background(self._shrink(seat, scaled))
 
     def _sample(self) -> None:
         now, refused = self._loop.time(), self._batcher.refused
@@ -235,20 +239,22 @@ class Pool:
         while self._history[0].at < now - max(scaling.in_after_s, scaling.out_after_s) - 2 * _TICK_S:
             self._history.popleft()
 
-    async def _grow(self, seat: Seat) -> None:
+    async def _grow(self, seat: Seat, scaled: PoolScaled) -> None:
         try:
             await seat.open()
-            self._scaled_out += 1
         except Exception as error:  # noqa: BLE001  # the pool goes on as it was; the next decision tries again
             _log.warning("a further replica of %s %s did not start: %s", *self._name, error)
             self._seats.remove(seat)
+            return
+        self._scaled_out += 1
+        self._tell(scaled)
 
-    async def _shrink(self, seat: Seat) -> None:
-        self._leaving.add(seat)
+    async def _shrink(self, seat: Seat, scaled: PoolScaled) -> None:
         await seat.close()
         self._leaving.discard(seat)
         self._restarts += seat.restarts
         self._scaled_in += 1
+        self._tell(scaled)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="modelserve-pool")

@@ -235,6 +235,8 @@ class ProcessReplica:
 
     def _batch(self, sent: _Sent, rows: Sequence[Row]) -> bytes:
         size = self._layout.size(sent.rows)
+        if size > wire.MAX_BLOCK:
+            raise MemoryError(f"{size} bytes for one batch; at most {wire.MAX_BLOCK} can be given")
         block = bytearray(size) if size <= wire.INLINE else self._arenas[sent.seq % wire.ARENAS].block(size)
         text = self._layout.write(rows, block)
         told: dict[str, Any] = {"block": block} if size <= wire.INLINE else {"arena": size}

@@ -8,9 +8,9 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeAlias
 
-from modelserve.errors import LoadFailed
+from modelserve.errors import LoadFailed, WorkerDied
 from modelserve.execution.batcher import Batcher, Lane
-from modelserve.ports import Replica
+from modelserve.ports import NotRun, Replica
 from modelserve.types import Json, ReplicaStatus, Row
 
 _log = logging.getLogger("modelserve")
@@ -92,6 +92,8 @@ class Seat:
             await asyncio.shield(self._give_up(f"it did not start: {error}"))
             if isinstance(error, TimeoutError):
                 raise LoadFailed(f"the model did not start within {self._start_limit_s:.0f} s") from error
+            if isinstance(error, WorkerDied | NotRun):
+                raise LoadFailed(f"the worker was lost while it was proven: {error}") from error
             raise
         self._start_s = self._loop.time() - began
         self.ready_at = self._loop.time()

@@ -33,6 +33,7 @@ START, BATCH, READY, REFUSED, ANSWER, FAILED = range(1, 7)
 INLINE: Final = 16 * 1024  # bytes; copying less than this through a socket costs no more than its system call
 ARENAS: Final = 2  # each way: batches in a replica's hands
 MAX_TEXT: Final = 1 << 30
+MAX_BLOCK: Final = 1 << 32  # bytes of one batch; a sparse file would take more without complaint, the memory would not
 _ALIGNMENT: Final = 64
 _HEADER: Final = struct.Struct("<4sBxxxIIQQQd")
 HEADER_BYTES: Final = _HEADER.size
@@ -159,6 +160,8 @@ def outputs_of(columns: Columns) -> Outputs:
             offset += _aligned(column.nbytes)
         else:
             described.append([name, column.tolist()])
+    if offset > MAX_BLOCK:
+        raise InferenceFailed(f"the model answered {offset} bytes for one batch; at most {MAX_BLOCK} can be given")
     try:
         text = json.dumps(described, default=_plain).encode()
     except (TypeError, ValueError, RecursionError) as error:

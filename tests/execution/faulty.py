@@ -51,8 +51,8 @@ class _Odd:
 
 
 def _too_large(columns: Columns) -> Columns:
-    """Answer what costs nothing to describe, and more than any address space to write down."""
-    return {SOLE_OUTPUT: np.broadcast_to(np.float64(1.0), (len(columns["x"]), 2**46))}
+    """Answer what costs nothing to describe, and more than any memory to write down."""
+    return {SOLE_OUTPUT: np.broadcast_to(np.float64(1.0), (len(columns["x"]), 2**40))}
 
 
 def _no_width(columns: Columns) -> Columns:

@@ -459,3 +459,53 @@ def test_every_call_gets_exactly_its_own_answer(
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(scenario())
+
+
+def test_a_runner_that_raises_at_once_fails_its_batch_and_nothing_else(run: Callable[..., Any]) -> None:
+    """A runner that does not even begin is an error of that batch; the batcher goes on and can be closed."""
+
+    async def scenario() -> None:
+        def broken(items: list[int]) -> Awaitable[Sequence[int]]:
+            raise RuntimeError("no such thing")
+
+        batcher = batcher_of(broken)
+        (error,) = await batcher.submit([1], FAR)
+        assert isinstance(error, RuntimeError)
+        await batcher.close()
+
+    run(scenario())
+
+
+def test_what_waits_is_shared_among_idle_runners_where_small_batches_are_cheap(run: Callable[..., Any]) -> None:
+    """Two free runners take half each of rows that dominate the cost, and one takes all where the fixed part does."""
+
+    async def scenario(seen: dict[int, float]) -> list[int]:
+        runners = [Recorder(), Recorder()]
+        batcher = batcher_of(*runners, max_rows=16)
+        batcher.admission.seed(seen)
+        await asyncio.gather(*(batcher.submit([i], FAR) for i in range(8)))
+        return [len(batch) for runner in runners for batch in runner.batches]
+
+    assert run(scenario({1: 0.001, 16: 0.016})) == [4, 4]
+    assert run(scenario({1: 0.016, 16: 0.017})) == [8]
+
+
+def test_a_second_batch_is_handed_over_where_waiting_would_gain_little(run: Callable[..., Any]) -> None:
+    """A runner of depth two gets its next batch while it runs one: when it is full, or when small ones are cheap."""
+
+    async def scenario(seen: dict[int, float], waiting: int) -> float:
+        runner = Recorder(seconds=1.0)
+        began = asyncio.get_running_loop().time()
+        batcher: Batcher[int, int] = Batcher(max_rows=8, queue_limit=100)
+        batcher.admission.seed(seen)
+        batcher.add(runner, depth=2)
+        first = batcher.submit([0], FAR)
+        await asyncio.sleep(0.1)
+        rest = [batcher.submit([i], FAR) for i in range(waiting)]
+        await asyncio.gather(first, *rest)
+        return round(runner.started[1] - began, 1)
+
+    costly, cheap = {1: 0.9, 8: 1.0}, {1: 0.1, 8: 0.8}
+    assert run(scenario(costly, 3)) == 1.0
+    assert run(scenario(costly, 8)) == 0.1
+    assert run(scenario(cheap, 1)) == 0.1

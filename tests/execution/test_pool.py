@@ -346,6 +346,21 @@ def test_a_start_that_hangs_is_given_up(run: Callable[..., Any]) -> None:
     run(scenario())
 
 
+def test_a_worker_that_dies_while_it_is_proven_fails_the_start(run: Callable[..., Any]) -> None:
+    """A version whose warm-up kills its worker is one that does not load."""
+
+    async def fatal(infer: Infer) -> None:
+        await infer([(POISON,)])
+
+    async def scenario() -> None:
+        world = World()
+        with pytest.raises(LoadFailed, match="lost while it was proven"):
+            await world.pool().start(fatal)
+        assert world.living == 0
+
+    run(scenario())
+
+
 def test_a_call_that_cannot_wait_for_the_restart_is_refused_with_the_time_left(run: Callable[..., Any]) -> None:
     """While no worker lives, a call with time to wait waits, and one without is told when to come back."""
 
