@@ -94,6 +94,9 @@ class FakePool:
     alive = True
     queue_depth = 0
 
+    def status(self) -> None:
+        """Have nothing to tell."""
+
 
 class FakeVersion:
     """Stands where a loaded version stands."""

@@ -1,0 +1,186 @@
+"""Who is let in, and how large batches may be: as rules, and as a service under open-loop load in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from modelserve.errors import Overloaded
+from modelserve.execution.admission import Admission
+from modelserve.execution.batcher import Batcher
+from modelserve.testing.clock import VirtualTimeLoop
+
+FIXED_S, PER_ROW_S, SLO_S = 0.005, 0.0002, 0.1
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., Any]]:
+    """Run a coroutine on a loop with virtual time."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        yield runner.run
+
+
+def admission(fixed: float, per_row: float, **options: Any) -> Admission:
+    found = Admission(**{"max_rows": 256, "slo_s": SLO_S, "adaptive": True} | options)
+    found.seed({rows: fixed + per_row * rows for rows in (1, 16, 256)})
+    return found
+
+
+def test_a_batch_takes_at_most_its_share_of_the_objective() -> None:
+    """The batch size in force follows the cost, between one row and the limit."""
+    assert admission(0.005, 0.0002).max_rows == 175
+    assert admission(0.0001, 0.000001).max_rows == 256
+    assert admission(0.001, 0.03).max_rows == 2
+    assert admission(0.005, 0.0002, adaptive=False).max_rows == 256
+
+
+def test_a_model_too_slow_for_the_objective_still_gets_batches() -> None:
+    """Where one row takes longer than the objective, a batch may take twice as long as one row."""
+    assert admission(0.3, 0.001).max_rows == 256
+    assert admission(0.3, 0.01).max_rows == 32
+
+
+def test_staging_follows_the_share_of_the_fixed_cost() -> None:
+    """The next batch is handed over early only where batches of that size waste little."""
+    assert admission(0.0001, 0.001).stage_rows == 1
+    assert admission(0.005, 0.005).stage_rows == admission(0.005, 0.005).max_rows
+    assert Admission(max_rows=8).stage_rows == 8
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What the calls of a run came to."""
+
+    latencies: list[float] = dataclasses.field(default_factory=list)
+    refusals: list[Overloaded] = dataclasses.field(default_factory=list)
+    slowest_refusal: float = 0.0
+
+    @property
+    def p99(self) -> float:
+        return sorted(self.latencies)[int(len(self.latencies) * 0.99)]
+
+
+class Service:
+    """A batcher in front of a runner that takes a fixed time and a time per row."""
+
+    def __init__(self, *, seeded: bool = True, runners: int = 1) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.slower = 1.0
+        self.batcher: Batcher[int, int] = Batcher(
+            max_rows=256, queue_limit=10_000, slo_s=SLO_S, adaptive=True, clock=self.loop.time
+        )
+        if seeded:
+            self.batcher.admission.seed({rows: FIXED_S + PER_ROW_S * rows for rows in (1, 16, 256)})
+        for _ in range(runners):
+            lock = asyncio.Lock()
+            self.batcher.add(lambda items, lock=lock: self.infer(items, lock), depth=2)  # type: ignore[misc]
+
+    async def infer(self, items: list[int], lock: asyncio.Lock) -> list[int]:
+        async with lock:
+            await asyncio.sleep(self.slower * (FIXED_S + PER_ROW_S * len(items)))
+        return items
+
+    @property
+    def capacity(self) -> float:
+        rows = 175
+        return rows / (FIXED_S + PER_ROW_S * rows) / self.slower
+
+    async def under(self, rate: float, seconds: float) -> Outcome:
+        """Send calls at random moments, with a deadline of a second each."""
+        outcome, chance, tasks = Outcome(), random.Random(3), []
+        end = self.loop.time() + seconds
+        while self.loop.time() < end:
+            await asyncio.sleep(chance.expovariate(rate))
+            tasks.append(asyncio.create_task(self.call(outcome)))
+        await asyncio.gather(*tasks)
+        return outcome
+
+    async def call(self, outcome: Outcome) -> None:
+        began = self.loop.time()
+        try:
+            await self.batcher.submit([1], began + 1.0)
+        except Overloaded as error:
+            outcome.refusals.append(error)
+            outcome.slowest_refusal = max(outcome.slowest_refusal, self.loop.time() - began)
+        else:
+            outcome.latencies.append(self.loop.time() - began)
+
+
+@pytest.mark.parametrize("seeded", [True, False], ids=["warmed up", "from cold"])
+@pytest.mark.parametrize("load", [0.3, 0.5, 0.8])
+def test_below_capacity_nobody_is_refused(run: Callable[..., Any], load: float, seeded: bool) -> None:  # noqa: FBT001
+    """A service that has time for everybody answers everybody, also before it knows what batches cost."""
+
+    async def scenario() -> None:
+        service = Service(seeded=seeded)
+        outcome = await service.under(load * service.capacity, 3.0)
+        assert outcome.refusals == []
+        assert outcome.p99 <= SLO_S
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("runners", [1, 3])
+@pytest.mark.parametrize("load", [1.5, 2.0, 3.0])
+def test_overload_keeps_the_answered_within_the_objective(run: Callable[..., Any], load: float, runners: int) -> None:
+    """Under several times the capacity the answered are in time, the rest hear at once, and no capacity is wasted."""
+
+    async def scenario() -> None:
+        service = Service(runners=runners)
+        capacity = runners * service.capacity
+        outcome = await service.under(load * capacity, 3.0)
+        assert outcome.p99 <= SLO_S
+        assert sum(latency <= SLO_S for latency in outcome.latencies) >= 0.9 * capacity * 3.0
+        assert outcome.slowest_refusal == 0.0
+        assert all(0.0 < error.retry_after < 1.0 for error in outcome.refusals)
+
+    run(scenario())
+
+
+def test_a_model_that_becomes_slower_is_noticed(run: Callable[..., Any]) -> None:
+    """When batches suddenly take three times as long, the answered are soon within the objective again."""
+
+    async def scenario() -> None:
+        service = Service()
+        await service.under(service.capacity, 1.0)
+        service.slower = 3.0
+        await service.under(2 * service.capacity, 3.0)
+        outcome = await service.under(2 * service.capacity, 3.0)
+        assert outcome.p99 <= SLO_S
+        assert outcome.refusals
+
+    run(scenario())
+
+
+def test_a_burst_at_an_idle_service_may_use_the_time_its_callers_have(run: Callable[..., Any]) -> None:
+    """Two thousand calls at once take half a second; none is refused, since each has a whole one."""
+
+    async def scenario() -> None:
+        service = Service()
+        outcome = Outcome()
+        await asyncio.gather(*(service.call(outcome) for _ in range(2000)))
+        assert len(outcome.latencies) == 2000
+
+    run(scenario())
+
+
+def test_what_cannot_be_answered_before_its_deadline_is_refused_at_once(run: Callable[..., Any]) -> None:
+    """Behind a batch of 40 ms a call with 10 ms left hears that it is too late, and when to come back."""
+
+    async def scenario() -> None:
+        service = Service()
+        loop = asyncio.get_running_loop()
+        running = service.batcher.submit([1] * 175, loop.time() + 1.0)
+        await asyncio.sleep(0.001)
+        with pytest.raises(Overloaded) as refused:
+            service.batcher.submit([1], loop.time() + 0.01)
+        assert 0.03 < refused.value.retry_after < 0.06
+        await running
+        assert list(await service.batcher.submit([1], loop.time() + 0.01)) == [1]  # a free runner refuses nobody
+
+    run(scenario())
