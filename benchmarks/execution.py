@@ -45,7 +45,7 @@ SIDES: Final = {
     "process": ms.ModelOptions(executor="process", **PATIENT),
 }
 TWO: Final = ms.ModelOptions(executor="process", replicas=2, **PATIENT)
-SLOW_S: Final = 0.01
+SLOW_S: Final = 0.005
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
