@@ -13,6 +13,7 @@ _CAP_S: Final = 0.002  # no batch may hold up the loop for longer; one that does
 _FIRST_BAR_S: Final = 1.0
 _LONGEST_BAR_S: Final = 3600.0
 _PARDON: Final = 1000  # batches within the cap, and the last offence is forgotten
+_HOPELESS: Final = 4.0  # times the price of a hand-over: so dear a batch will not become cheaper than that
 _TRIALS: Final = 16  # batches in the thread before the first may run in place; a warm-up has about that many
 
 
@@ -47,7 +48,9 @@ class InPlace:
     def ran_elsewhere(self, rows: int, seconds: float) -> None:
         """Learn from a batch in the thread. Beside a busy loop only short times and new sizes tell anything there."""
         if self._cost.known:
-            if rows > self._cost.largest or seconds < self._cost.seconds(rows):
+            expected = self._cost.seconds(rows)
+            hopeless = expected > _HOPELESS * HAND_OVER_S
+            if not hopeless and (rows > self._cost.largest or seconds < expected):
                 self._cost.observe(rows, seconds)
             return
         self._tried += 1
