@@ -24,6 +24,8 @@ from modelserve.types import Scaling
 
 AUTO_BATCH_SIZE = 256
 _Replicas: TypeAlias = Annotated[int, Field(ge=1, le=64)]
+_Device: TypeAlias = Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d{1,3})?)$")]
+_DottedPath: TypeAlias = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$")]
 
 
 class ModelOptions(BaseModel):
@@ -34,6 +36,10 @@ class ModelOptions(BaseModel):
     ======================  =============  =====================================================================
     ``executor``            ``"thread"``   who runs the model: a thread of this process, or a ``"process"`` of its own
     ``replicas``            ``1``          how many copies of it run side by side, or from how many to how many
+    ``device``              ``"cpu"``      where it runs: ``"cuda:0"``; a list of devices is dealt out to the replicas
+    ``threads``             ``None``       threads for one batch (None: the cores divided by the replicas)
+    ``compile``             ``False``      use the framework's compiler (PyTorch, TensorFlow): every start is slower
+    ``pad_batches``         ``False``      pad batches to powers of two, for models that are compiled for each size
     ``scaling``             ``Scaling()``  when a pool of ``(min, max)`` replicas grows and shrinks
     ``max_batch_size``      ``"auto"``     most rows in one batch (``"auto"``: as many as ``slo_ms`` allows)
     ``max_wait_ms``         ``0``          how long a partial batch waits for company (0: it never waits)
@@ -44,6 +50,8 @@ class ModelOptions(BaseModel):
     ``hang_limit_s``        ``1``          how long a batch may run on after the last of its callers has given up
     ``keep_previous``       ``True``       keep the version before loaded, so that a rollback is instant
     ``allow_pickle``        ``False``      load artifacts that are pickles, which can run code
+    ``allow_code``          ``False``      load formats that hold a program of their own: SavedModel, Keras
+    ``factories``           ``()``         callables that may build networks for registered weights: ``"nets:make"``
     ======================  =============  =====================================================================
     """
 
@@ -51,6 +59,10 @@ class ModelOptions(BaseModel):
 
     executor: Literal["thread", "process"] = "thread"
     replicas: _Replicas | tuple[_Replicas, _Replicas] = 1
+    device: _Device | tuple[_Device, ...] = "cpu"
+    threads: PositiveInt | None = None
+    compile: bool = False
+    pad_batches: bool = False
     scaling: Scaling = Scaling()
     max_batch_size: PositiveInt | Literal["auto"] = "auto"
     max_wait_ms: float = Field(default=0.0, ge=0, le=10_000)
@@ -61,6 +73,8 @@ class ModelOptions(BaseModel):
     hang_limit_s: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     keep_previous: bool = True
     allow_pickle: bool = False
+    allow_code: bool = False
+    factories: tuple[_DottedPath, ...] = ()
 
     @field_validator("replicas")
     @classmethod
@@ -68,6 +82,17 @@ class ModelOptions(BaseModel):
         if isinstance(replicas, tuple) and replicas[0] > replicas[1]:
             raise ValueError("the first of two numbers is the smaller one: (min, max)")
         return replicas
+
+    @field_validator("device")
+    @classmethod
+    def _at_least_one(cls, device: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not device:
+            raise ValueError("name at least one device")
+        return device
+
+    def device_of(self, place: int) -> str:
+        """Return the device of the replica at that place of the pool: they are dealt out in turn."""
+        return self.device if isinstance(self.device, str) else self.device[place % len(self.device)]
 
     @property
     def replica_range(self) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
@@ -14,23 +13,25 @@ from typing import Any, Final, Self
 import orjson
 
 from modelserve import plugins
+from modelserve.agreement import agrees
 from modelserve.artifacts import ArtifactStore, DiskCache, Lease
 from modelserve.config import ModelOptions
 from modelserve.errors import InferenceFailed, LoadFailed
 from modelserve.events import Event, Observers
+from modelserve.execution.cores import share_of
+from modelserve.execution.padding import Padded
 from modelserve.execution.pool import Pool, PoolOptions
 from modelserve.execution.process import ProcessReplica, WorkerSpec
 from modelserve.execution.seat import Infer
 from modelserve.execution.thread import ThreadReplica
 from modelserve.ports import Model, Replica
 from modelserve.signature import Signature
-from modelserve.types import Artifact, Json, ModelVersion
+from modelserve.types import Artifact, Json, ModelVersion, Runtime
 
 _WARM_UP_LIMIT_S: Final = 60.0
 _SLOW_BATCH_S: Final = 0.25  # larger buckets of a model this slow would delay the swap more than they warm
 _WARM_UP_RUNS: Final = 3
 _QUICK_S: Final = 0.01
-_RELATIVE, _ABSOLUTE = 1e-4, 1e-6  # what another CPU's kernels may change in the last digits of a float32
 
 
 class LoadedVersion:
@@ -132,7 +133,9 @@ def _pool_for(
     niceness: int,
     tell: Callable[[Event], None],
 ) -> Pool:
-    make_replica = partial(_process_replica, niceness) if options.executor == "process" else _thread_replica
+    make_replica = _thread_replica
+    if options.executor == "process":
+        make_replica = partial(_process_replica, niceness=niceness)
     smallest, largest = options.replica_range
     pool_options = PoolOptions(
         smallest=smallest,
@@ -156,16 +159,17 @@ def _pool_for(
     )
 
 
-def _thread_replica(meta: ModelVersion, options: ModelOptions, signature: Signature, path: Path) -> Replica:
+def _thread_replica(meta: ModelVersion, options: ModelOptions, signature: Signature, path: Path, place: int) -> Replica:
     def load() -> Model:
         framework = plugins.framework(meta.framework)
-        return framework.load(path, meta.artifact.format, meta.load_options, allow_pickle=options.allow_pickle)
+        model = framework.load(path, meta.artifact.format, meta.load_options, _runtime(options, place))
+        return Padded(model) if options.pad_batches else model
 
     return ThreadReplica(load, signature, name=f"modelserve-{meta.model_name}-{meta.version}")
 
 
 def _process_replica(
-    niceness: int, meta: ModelVersion, options: ModelOptions, signature: Signature, path: Path
+    meta: ModelVersion, options: ModelOptions, signature: Signature, path: Path, place: int, *, niceness: int
 ) -> Replica:
     spec = WorkerSpec(
         framework=plugins.framework_path(meta.framework),
@@ -173,11 +177,22 @@ def _process_replica(
         format=meta.artifact.format,
         load_options=meta.load_options,
         signature=signature.to_json(),
-        allow_pickle=options.allow_pickle,
-        replicas=options.replica_range[1],
+        runtime=_runtime(options, place),
+        buckets=options.pad_batches,
         niceness=niceness,
     )
     return ProcessReplica(spec, signature, name=f"modelserve-{meta.model_name}-{meta.version}")
+
+
+def _runtime(options: ModelOptions, place: int) -> Runtime:
+    return Runtime(
+        allow_pickle=options.allow_pickle,
+        allow_code=options.allow_code,
+        factories=options.factories,
+        device=options.device_of(place),
+        threads=options.threads or share_of(options.replica_range[1]),
+        compile=options.compile,
+    )
 
 
 def _release(fetching: asyncio.Future[Lease]) -> None:
@@ -246,17 +261,6 @@ def _compare(expected: list[Json], answers: list[Json]) -> None:
     for i, (wanted, given) in enumerate(zip(expected, found, strict=True)):
         if not agrees(wanted, given):
             raise LoadFailed(f"golden example, row {i}: registered answer {_short(wanted)}, got {_short(given)}")
-
-
-def agrees(wanted: Json, found: Json) -> bool:
-    """Whether two JSON values are the same but for the last digits of their floats."""
-    if isinstance(wanted, float) and isinstance(found, int | float):
-        return math.isclose(wanted, found, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE)
-    if isinstance(wanted, list) and isinstance(found, list):
-        return len(wanted) == len(found) and all(map(agrees, wanted, found))
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        return wanted.keys() == found.keys() and all(agrees(wanted[key], found[key]) for key in wanted)
-    return type(wanted) is type(found) and bool(wanted == found)
 
 
 def _short(value: Json) -> str:

@@ -7,28 +7,68 @@ missing answers with the line that installs it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from modelserve.errors import ConfigError, InvalidInput, MissingDependency
-from modelserve.ports import Framework
+from modelserve.ports import Converter, Framework
 
-FRAMEWORKS = {
+FRAMEWORKS: Final = {
+    "onnx": "modelserve.adapters.frameworks.onnx:OnnxFramework",
+    "pytorch": "modelserve.adapters.frameworks.pytorch:PyTorchFramework",
     "sklearn": "modelserve.adapters.frameworks.sklearn:SklearnFramework",
+    "tensorflow": "modelserve.adapters.frameworks.tensorflow:TensorFlowFramework",
 }
-_FRAMEWORK_OF_PACKAGE = {"sklearn": "sklearn"}
-_FRAMEWORK_OF_SUFFIX = {".skops": "sklearn", ".joblib": "sklearn", ".pkl": "sklearn", ".pickle": "sklearn"}
-_EXTRAS = {
+_CONVERTERS: Final = {
+    ("sklearn", "onnx"): "modelserve.adapters.converters.sklearn_to_onnx:SklearnToOnnx",
+}
+_FRAMEWORK_OF_PACKAGE: Final = {
+    "keras": "tensorflow",
+    "lightgbm": "sklearn",
+    "onnx": "onnx",
+    "sklearn": "sklearn",
+    "tensorflow": "tensorflow",
+    "torch": "pytorch",
+    "xgboost": "sklearn",
+}
+_FRAMEWORK_OF_SUFFIX: Final = {
+    ".joblib": "sklearn",
+    ".keras": "tensorflow",
+    ".onnx": "onnx",
+    ".pickle": "sklearn",
+    ".pkl": "sklearn",
+    ".pt": "pytorch",
+    ".pt2": "pytorch",
+    ".pth": "pytorch",
+    ".safetensors": "pytorch",
+    ".skops": "sklearn",
+}
+_SAVED_MODEL: Final = "saved_model.pb"  # what makes a folder a SavedModel
+_EXTRAS: Final = {
+    "google": "onnx",
+    "joblib": "sklearn",
+    "keras": "tensorflow",
+    "lightgbm": "lightgbm",
+    "onnx": "onnx",
+    "onnxmltools": "onnx",
+    "onnxruntime": "onnx",
+    "pandas": "sklearn",
+    "psycopg": "postgres",
+    "rich": "cli",
+    "s3fs": "aws",
+    "safetensors": "torch",
+    "skl2onnx": "onnx",
     "sklearn": "sklearn",
     "skops": "sklearn",
-    "joblib": "sklearn",
-    "pandas": "sklearn",
-    "s3fs": "aws",
-    "psycopg": "postgres",
+    "tensorflow": "tensorflow",
+    "torch": "torch",
     "typer": "cli",
-    "rich": "cli",
+    "xgboost": "xgboost",
 }
 
 
@@ -53,6 +93,18 @@ def framework_path(name: str) -> str:
     return target
 
 
+def converter(optimize: str, framework_name: str) -> Converter:
+    """Return what turns models of a framework into another format.
+
+    Raises ``InvalidInput`` when nothing does, and ``MissingDependency`` when its packages are not installed.
+    """
+    target = _CONVERTERS.get((framework_name, optimize))
+    if target is None:
+        known = ", ".join(f"{name} models to {other!r}" for name, other in _CONVERTERS)
+        raise InvalidInput("optimize", f"cannot turn a {framework_name} model into {optimize!r}; it turns {known}")
+    return cast("Converter", resolve(target)())
+
+
 def framework_of(model: object) -> str:
     """Name the framework an object belongs to, by the packages its classes come from. Imports none of them."""
     for cls in type(model).__mro__:
@@ -64,8 +116,8 @@ def framework_of(model: object) -> str:
 
 
 def framework_of_file(path: Path) -> str:
-    """Name the framework that writes files with this suffix."""
-    name = _FRAMEWORK_OF_SUFFIX.get(path.suffix)
+    """Name the framework that writes files with this suffix, or folders like this one."""
+    name = "tensorflow" if (path / _SAVED_MODEL).is_file() else _FRAMEWORK_OF_SUFFIX.get(path.suffix)
     if name is None:
         raise InvalidInput("framework", f"cannot tell the framework of {path.name}; pass framework=")
     return name
@@ -77,15 +129,30 @@ def resolve(target: str) -> Any:
     return getattr(require(module_name), attribute)
 
 
-def require(module_name: str) -> Any:
-    """Import a module; raise ``MissingDependency`` with the install line when an optional driver is absent."""
+def require(module_name: str, *, hiding: Sequence[str] = ()) -> Any:
+    """Import a module; raise ``MissingDependency`` with the install line when an optional driver is absent.
+
+    What is named in ``hiding`` looks absent to it: packages that it would import only in case they are wanted.
+    """
+    with _hidden(() if module_name in sys.modules else hiding):
+        try:
+            return importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            missing = (error.name or module_name).partition(".")[0]
+            if missing not in _EXTRAS:
+                raise
+            raise MissingDependency(missing, _EXTRAS[missing]) from error
+
+
+@contextlib.contextmanager
+def _hidden(names: Sequence[str]) -> Iterator[None]:
+    absent = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None is how an import is refused
     try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = (error.name or module_name).partition(".")[0]
-        if missing not in _EXTRAS:
-            raise
-        raise MissingDependency(missing, _EXTRAS[missing]) from error
+        yield
+    finally:
+        for name in absent:
+            sys.modules.pop(name, None)
 
 
 def _entry_point(group: str, name: str) -> str | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from modelserve.types import Columns, FrameworkName, Json, Row
+from modelserve.types import SAFE, Columns, FrameworkName, Json, Row, Runtime
 
 
 class Model(Protocol):
@@ -18,15 +19,18 @@ class Model(Protocol):
         ...
 
 
-class SavedModel(Protocol):
-    """What a framework adapter leaves after saving: a file or a folder, and how to read it again."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class SavedModel:
+    """What a framework adapter leaves after saving: a file or a folder, its format, and what it takes to read it again.
 
-    @property
-    def path(self) -> Path: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def load_options(self) -> Mapping[str, Json]: ...
+    ``runs_code`` says that loading it can run code that it brings. Such a file is not opened where it is registered by
+    its path: it may be a stranger's.
+    """
+
+    path: Path
+    format: str
+    load_options: Mapping[str, Json]
+    runs_code: bool = False
 
 
 @runtime_checkable
@@ -35,11 +39,13 @@ class Framework(Protocol):
 
     name: FrameworkName
 
-    def save(self, model: Any, folder: Path, options: Mapping[str, Json]) -> SavedModel:
-        """Write ``model`` (an object, or the path of a file already written) into ``folder``.
+    def save(self, model: Any, folder: Path, options: Mapping[str, Json], example: Columns | None = None) -> SavedModel:
+        """Write ``model`` (an object, or the path of what was written already) into ``folder``.
 
-        ``options`` holds what the user asked for: ``method``, ``trusted``, ``format``.
-        Raises ``ArtifactUnsafe`` when the safe format would need trust that was not given.
+        ``options`` holds what the user asked for: ``method``, ``trusted``, ``format``, ``factory``. ``example`` is a
+        batch of at least one row that the model takes, for formats that record how a model is called.
+        Raises ``InvalidInput`` naming the option or the input that does not fit, and ``ArtifactUnsafe`` when the safe
+        format would need trust that was not given.
         """
         ...
 
@@ -47,8 +53,26 @@ class Framework(Protocol):
         """Make a live object answer batches, exactly as it will once loaded."""
         ...
 
-    def load(self, path: Path, format: str, load_options: Mapping[str, Json], *, allow_pickle: bool = False) -> Model:  # noqa: A002
-        """Read a saved model. Raises ``ArtifactUnsafe`` before any byte of an unsafe format is run."""
+    def load(self, path: Path, format: str, load_options: Mapping[str, Json], runtime: Runtime = SAFE) -> Model:  # noqa: A002
+        """Read a saved model, in a format of :meth:`save`, to run where and as ``runtime`` says.
+
+        Raises ``ArtifactUnsafe`` before any byte of a format that is not allowed is run, and ``LoadFailed`` for what
+        cannot be read, or cannot run there.
+        """
+        ...
+
+
+class Converter(Protocol):
+    """Turns a fitted model into another format that answers the same, and sooner."""
+
+    framework: FrameworkName
+    """Whose adapter serves what comes out."""
+
+    def convert(self, model: Any, folder: Path, options: Mapping[str, Json], example: Columns) -> Iterator[SavedModel]:
+        """Write the model into ``folder`` in each way there is, the preferred one first.
+
+        ``options`` is what :meth:`Framework.save` gets. Ends, or raises ``InvalidInput``, when there is no other way.
+        """
         ...
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,8 @@ Row: TypeAlias = tuple[Any, ...]
 """One validated request: a value per input, in the order of the signature."""
 Json: TypeAlias = Any
 
-FrameworkName = Literal["pytorch", "tensorflow", "sklearn", "onnx"]
+FrameworkName: TypeAlias = str
+"""``"pytorch"``, ``"tensorflow"``, ``"sklearn"``, ``"onnx"``, or what a third party's adapter is called."""
 Status = Literal["staging", "production", "archived"]
 
 SOLE_OUTPUT = "output"
@@ -39,11 +40,35 @@ class Artifact:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """How and where a model may be loaded by whoever loads it, whatever its registered row says.
+
+    ``allow_pickle`` admits artifacts that are pickles, ``allow_code`` formats that hold a program of their own
+    (SavedModel, Keras), and ``factories`` the callables (``"package.module:callable"``) that may build a network for
+    registered weights. ``device`` is where it runs: ``cpu``, ``cuda:0``, ``mps``. ``threads`` bounds the threads of one
+    batch where a framework lets each model have a limit of its own (None: the framework's choice). ``compile`` asks for
+    the framework's compiler.
+    """
+
+    allow_pickle: bool = False
+    allow_code: bool = False
+    factories: Sequence[str] = ()
+    device: str = "cpu"
+    threads: int | None = None
+    compile: bool = False
+
+
+SAFE: Final = Runtime()
+"""Nothing that could run code of its own is loaded, and all of it on the CPU."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelVersion:
     """One immutable version of a model, as the registry knows it. Only ``status`` ever changes.
 
     ``signature`` is the JSON form of :class:`modelserve.Signature`; ``load_options`` is what the framework
     adapter needs to load the artifact again (method, trusted types); ``example`` pins the golden example.
+    ``conversion`` says how a model that was converted at registration compares with the original; None for others.
     """
 
     id: int
@@ -54,6 +79,7 @@ class ModelVersion:
     signature: Json
     load_options: Mapping[str, Json]
     example: Artifact | None
+    conversion: Mapping[str, Json] | None
     metrics: Mapping[str, Json]
     tags: Mapping[str, str]
     status: Status

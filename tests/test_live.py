@@ -34,6 +34,7 @@ def version(number: int) -> ModelVersion:
         signature={},
         load_options={},
         example=None,
+        conversion=None,
         metrics={},
         tags={},
         status="staging",

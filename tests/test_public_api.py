@@ -41,8 +41,8 @@ NAMES = [
 ]
 
 SIGNATURES = {
-    "Registry.register": "self model_name version model example signature framework method trusted format metrics tags "
-    "actor reason",
+    "Registry.register": "self model_name version model example signature framework method trusted format "
+    "factory optimize baseline metrics tags actor reason",
     "Registry.promote": "self model_name version actor reason",
     "Registry.rollback": "self model_name actor reason",
     "Registry.archive": "self model_name version actor reason",

@@ -221,6 +221,7 @@ async def test_a_version_that_answers_its_golden_example_differently_is_refused(
         signature=good.signature,
         load_options=good.load_options,
         example=example,
+        conversion=None,
         metrics={},
         tags={},
         actor=None,

@@ -102,6 +102,9 @@ def register(
     artifact_format: Annotated[
         str | None, typer.Option("--format", help="The file's format, if its name does not tell.")
     ] = None,
+    factory: Annotated[
+        str | None, typer.Option(metavar="MODULE:CALLABLE", help="What builds the network that weights belong to.")
+    ] = None,
     metrics: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Or a JSON object. Can be repeated.")
     ] = None,
@@ -110,7 +113,7 @@ def register(
 ) -> None:
     """Add a saved model as a version in staging.
 
-    It is loaded and must answer the example first, except for a pickle, which is not opened.
+    It is loaded and must answer the example first, except for a format that can run code, which is not opened.
     """
     with _registry(context) as registry:
         added = registry.register(
@@ -122,6 +125,7 @@ def register(
             method=method,
             trusted=trusted or (),
             format=artifact_format,
+            factory=factory,
             metrics=metrics_of(metrics or ()),
             tags=tags_of(tag or ()),
             reason=reason,

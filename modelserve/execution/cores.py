@@ -22,9 +22,13 @@ _VARIABLES: Final = (
 )
 
 
-def thread_limits(replicas: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that keep replicas × threads within the cores; a lower limit that is set already stays."""
-    threads = max(1, cores() // replicas)
+def share_of(replicas: int) -> int:
+    """Return how many threads each of so many replicas may have, so that all of them stay within the cores."""
+    return max(1, cores() // replicas)
+
+
+def thread_limits(threads: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that hold a process to so many threads; a lower limit that is set already stays."""
     return {name: str(min(threads, _limit(environment.get(name)) or threads)) for name in _VARIABLES}
 
 

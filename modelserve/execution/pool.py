@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -49,13 +50,14 @@ class PoolOptions:
 class Pool:
     """Runs rows on a set of replicas. ``start`` before ``submit``; ``stop`` when the last request has gone.
 
-    ``fingerprint`` tells two rows apart, so that an input which kills its worker twice is refused. ``tell`` is
-    called with what happens to the pool.
+    ``make_replica`` is given the number of the replica's place, counted from 0, which a successor takes over.
+    ``fingerprint`` tells two rows apart, so that an input which kills its worker twice is refused. ``tell`` is called
+    with what happens to the pool.
     """
 
     def __init__(
         self,
-        make_replica: Callable[[], Replica],
+        make_replica: Callable[[int], Replica],
         options: PoolOptions,
         *,
         fingerprint: Callable[[Row], Hashable] = hash,
@@ -96,7 +98,8 @@ class Pool:
         Raises what loading or proving raised, and leaves no replica behind, if one of them fails.
         """
         self._prove = prove
-        self._seats = [self._new_seat() for _ in range(self._options.smallest)]
+        for _ in range(self._options.smallest):
+            self._seats.append(self._new_seat())
         opened = await asyncio.gather(*(seat.open() for seat in self._seats), return_exceptions=True)
         for outcome in opened:
             if isinstance(outcome, BaseException):
@@ -146,8 +149,11 @@ class Pool:
     # -- replicas ------------------------------------------------------------------------------------------
 
     def _new_seat(self) -> Seat:
+        taken = {seat.place for seat in (*self._seats, *self._leaving)}
+        place = next(number for number in itertools.count() if number not in taken)
         return Seat(
             self._make_replica,
+            place,
             self._batcher,
             prove=self._prove_and_learn,
             start_limit_s=self._options.start_limit_s,

@@ -28,11 +28,15 @@ from modelserve.execution.arena import Arena
 from modelserve.execution.cores import thread_limits
 from modelserve.ports import NotRun
 from modelserve.signature import Signature, unstack
-from modelserve.types import Json, Row
+from modelserve.types import SAFE, Json, Row, Runtime
 
 _log = logging.getLogger("modelserve")
 _STOP_S: Final = 5.0  # how long a worker may take to finish its batch and end, before it is killed
 _DRAIN_S: Final = 0.1  # how long a dead worker's socket may stay open: somebody else may hold its other end
+_DEFAULTS: Final = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # what the processor can do is nothing for the log of the host; errors are
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # or the first of several workers takes all of a GPU's memory
+}
 _MODULE: Final = "modelserve.execution.worker"
 
 
@@ -40,8 +44,9 @@ _MODULE: Final = "modelserve.execution.worker"
 class WorkerSpec:
     """What a worker loads, and how it may run.
 
-    ``framework`` is the dotted path of the adapter (``"package.module:Class"``). ``replicas`` is how many workers share
-    the cores; ``niceness`` lowers the priority (0: the host's own, 19: whatever others leave).
+    ``framework`` is the dotted path of the adapter (``"package.module:Class"``). ``niceness`` lowers
+    the priority (0: the host's own, 19: whatever others leave). With ``buckets`` batches are padded to sizes that are
+    powers of two (see :class:`modelserve.execution.padding.Padded`).
     """
 
     framework: str
@@ -49,8 +54,8 @@ class WorkerSpec:
     format: str
     load_options: Mapping[str, Json]
     signature: Json
-    allow_pickle: bool = False
-    replicas: int = 1
+    runtime: Runtime = SAFE
+    buckets: bool = False
     niceness: int = 0
 
 
@@ -176,9 +181,12 @@ class ProcessReplica:
         return ours
 
     def _environment(self) -> dict[str, str]:
-        """Return the host's environment, with its import path, and limits on threads."""
+        """Return the host's environment, with its import path, limits on threads, and the devices it may see."""
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # noqa: PTH100  # "" is the current folder
-        return {**os.environ, **thread_limits(self._spec.replicas, os.environ), "PYTHONPATH": path}
+        runtime = self._spec.runtime
+        limits = {} if runtime.threads is None else thread_limits(runtime.threads, os.environ)
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if runtime.device == "cpu" else {}  # a context costs memory of the GPU
+        return {**_DEFAULTS, **os.environ, **limits, **hidden, "PYTHONPATH": path}
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         """Wait for the process in a thread of its own: it leaves no zombie, and no signal handler is needed."""

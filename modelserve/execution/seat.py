@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final, TypeAlias
 
 from modelserve.errors import LoadFailed, WorkerDied
@@ -22,27 +23,29 @@ Prove: TypeAlias = Callable[[Infer], Awaitable[None]]
 
 
 class Seat:
-    """Keeps one replica running.
+    """Keeps one replica running, at the ``place`` of that number.
 
     ``mourn(reason)`` is told of every death and returns how many seconds to wait before the next start.
     """
 
     def __init__(
         self,
-        make_replica: Callable[[], Replica],
+        make_replica: Callable[[int], Replica],
+        place: int,
         batcher: Batcher[Row, Json],
         *,
         prove: Prove,
         start_limit_s: float,
         mourn: Callable[[str], float],
     ) -> None:
-        self._make_replica = make_replica
+        self.place = place
+        self._make_replica = partial(make_replica, place)
         self._batcher = batcher
         self._prove = prove
         self._start_limit_s = start_limit_s
         self._mourn = mourn
         self._loop = asyncio.get_running_loop()
-        self._replica = make_replica()
+        self._replica = self._make_replica()
         self._task: asyncio.Task[None] | None = None
         self._start_s = 0.0
         self._state = "starting"

@@ -24,8 +24,10 @@ from modelserve import plugins
 from modelserve.errors import InferenceFailed, LoadError, LoadFailed, in_words
 from modelserve.execution import wire
 from modelserve.execution.arena import Arena
+from modelserve.execution.padding import Padded
 from modelserve.ports import Framework, Model
 from modelserve.signature import Signature, check_outputs
+from modelserve.types import Runtime
 
 _PR_SET_PDEATHSIG: Final = 1
 _WATCH_S: Final = 1.0
@@ -124,7 +126,8 @@ class _Worker:
 
 def _load(spec: dict[str, Any]) -> Model:
     framework: Framework = plugins.resolve(spec["framework"])()
-    return framework.load(Path(spec["path"]), spec["format"], spec["load_options"], allow_pickle=spec["allow_pickle"])
+    model = framework.load(Path(spec["path"]), spec["format"], spec["load_options"], Runtime(**spec["runtime"]))
+    return Padded(model) if spec["buckets"] else model
 
 
 def _infer(model: Model, columns: Any, rows: int) -> wire.Outputs:

@@ -15,15 +15,16 @@ from typing import Any, Final
 import orjson
 
 from modelserve import plugins
+from modelserve.agreement import agrees
 from modelserve.artifacts import ArtifactStore
-from modelserve.errors import InvalidInput, ModelServeError
-from modelserve.ports import Framework, Model, SavedModel
-from modelserve.signature import Signature, unstack
-from modelserve.types import Artifact, FrameworkName, Json, Row
+from modelserve.errors import InvalidInput
+from modelserve.ports import Framework, SavedModel
+from modelserve.registry.conversion import answers_of, converted
+from modelserve.signature import Signature
+from modelserve.types import Artifact, FrameworkName, Json, Row, Runtime
 
 _EXAMPLE_ROWS: Final = 8
 _EXAMPLE_FORMAT: Final = "example-json"
-_PICKLES: Final = ("joblib",)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class Registration:
     signature: Json
     load_options: Mapping[str, Json]
     example: Artifact | None
+    conversion: Mapping[str, Json] | None
 
 
 def prepare(
@@ -47,21 +49,38 @@ def prepare(
     signature: Signature | None,
     trusted: Sequence[str],
     format: str | None,  # noqa: A002  # the word for it, here as in the registry
+    factory: str | None,
+    optimize: str | None,
+    baseline: Any,
 ) -> Registration:
     """Save ``model`` (an object or the path of a saved one), prove it, and store it. Adds no row."""
-    adapter = plugins.framework(framework or _framework_of(model))
+    name = framework or _framework_of(model)
+    adapter = plugins.framework(name)
     signature = signature or _inferred(example)
+    options = {"method": method, "trusted": list(trusted), "format": format, "factory": factory}
     with tempfile.TemporaryDirectory(prefix="modelserve-") as folder:
-        saved = adapter.save(model, Path(folder), {"method": method, "trusted": list(trusted), "format": format})
         rows = [] if example is None else signature.rows_of(example, _EXAMPLE_ROWS)
-        outputs = _proven_outputs(adapter, model, saved, signature, rows)
+        if optimize is None:
+            _refuse_idle_baseline(baseline)
+            saved = adapter.save(model, Path(folder), options, signature.stack(rows) if rows else None)
+            outputs, conversion = _proven_outputs(adapter, model, saved, signature, rows), None
+        else:
+            converter = plugins.converter(optimize, name)
+            found = converted(adapter, converter, model, Path(folder), options, signature, rows, baseline)
+            adapter, saved, outputs, conversion = found
         return Registration(
             framework=adapter.name,
             artifact=store.put(saved.path, format=saved.format),
             signature=signature.to_json(),
             load_options=dict(saved.load_options),
             example=_put_example(store, signature, rows, outputs),
+            conversion=conversion,
         )
+
+
+def _refuse_idle_baseline(baseline: Any) -> None:
+    if baseline is not None:
+        raise InvalidInput("baseline", "it proves a conversion, and there is none without optimize=; leave it out")
 
 
 def _framework_of(model: Any) -> str:
@@ -85,27 +104,19 @@ def _proven_outputs(
     signature: Signature,
     rows: list[Row],
 ) -> list[Json] | None:
-    """Return the answers to the example rows; None when there are none, or only a pickle from elsewhere could tell."""
+    """Return the answers to the example rows; None when there are none, or only code from elsewhere could tell."""
     given_as_file = isinstance(model, str | Path)
-    if given_as_file and saved.format in _PICKLES:
+    if given_as_file and saved.runs_code:
         return None
-    loaded = adapter.load(saved.path, saved.format, saved.load_options, allow_pickle=not given_as_file)
+    factory = saved.load_options.get("factory")
+    own = Runtime(allow_pickle=not given_as_file, allow_code=not given_as_file, factories=(factory,) if factory else ())
+    loaded = adapter.load(saved.path, saved.format, saved.load_options, own)
     if not rows:
         return None
-    answers = _answers(loaded, signature, rows)
-    if not given_as_file and answers != _answers(adapter.wrap(model, saved.load_options), signature, rows):
+    answers = answers_of(loaded, signature, rows)
+    if not given_as_file and not agrees(answers_of(adapter.wrap(model, saved.load_options), signature, rows), answers):
         raise InvalidInput("model", "the saved model answers the example differently from the live one")
     return answers
-
-
-def _answers(model: Model, signature: Signature, rows: list[Row]) -> list[Json]:
-    try:
-        values = unstack(model.infer(signature.stack(rows)), len(rows))
-        return orjson.loads(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY))  # type: ignore[no-any-return]
-    except ModelServeError as error:
-        raise InvalidInput("example", f"the model does not answer it: {error}") from error
-    except Exception as error:
-        raise InvalidInput("example", f"the model does not answer it: {type(error).__name__}: {error}") from error
 
 
 def _put_example(

@@ -187,6 +187,9 @@ class Registry:
         method: str = "predict",
         trusted: Sequence[str] = (),
         format: str | None = None,  # noqa: A002  # the word for it
+        factory: str | None = None,
+        optimize: str | None = None,
+        baseline: Any = None,
         metrics: Mapping[str, Json] | None = None,
         tags: Mapping[str, str] | None = None,
         actor: str | None = None,
@@ -198,6 +201,9 @@ class Registry:
         array, a DataFrame, a mapping of columns): the signature is inferred from it, and the answers to it are
         checked again wherever the version is loaded. ``method`` is what a request calls; ``trusted`` lists types
         that the safe format would otherwise refuse; ``format`` picks another than the framework's safe default.
+        ``factory`` (``"package.module:callable"``) builds the network that saved weights belong to. With
+        ``optimize="onnx"`` the model is converted; what comes out has to answer the example, and up to 100,000 rows
+        of ``baseline``, as the original does, and is served in its place.
 
         Raises ``InvalidInput`` for what cannot be served, ``ArtifactUnsafe`` for types that would need trust, and
         ``VersionExists``: a version is registered once.
@@ -214,6 +220,9 @@ class Registry:
             signature=signature,
             trusted=trusted,
             format=format,
+            factory=factory,
+            optimize=optimize,
+            baseline=baseline,
         )
         return self._insert(
             model_name=model_name,
@@ -223,6 +232,7 @@ class Registry:
             signature=prepared.signature,
             load_options=prepared.load_options,
             example=prepared.example,
+            conversion=prepared.conversion,
             metrics=metrics or {},
             tags=tags or {},
             actor=actor,
@@ -282,6 +292,7 @@ class Registry:
         signature: Json,
         load_options: Mapping[str, Json],
         example: Artifact | None,
+        conversion: Mapping[str, Json] | None,
         metrics: Mapping[str, Json],
         tags: Mapping[str, str],
         actor: str | None,
@@ -299,6 +310,7 @@ class Registry:
             "artifact_format": artifact.format,
             "signature": plain_json("signature", signature),
             "load_options": plain_json("load_options", load_options),
+            "conversion": None if conversion is None else plain_json("conversion", conversion),
             "metrics": plain_json("metrics", metrics),
             "tags": plain_json("tags", tags),
             "status": "staging",

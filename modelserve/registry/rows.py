@@ -80,6 +80,7 @@ def to_version(row: sa.Row[Any]) -> ModelVersion:
         signature=row.signature,
         load_options=row.load_options,
         example=_example(row),
+        conversion=row.conversion,
         metrics=row.metrics,
         tags=row.tags,
         status=row.status,

@@ -8,7 +8,7 @@ from typing import Any, Final, get_args
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from modelserve.types import FrameworkName, Status
+from modelserve.types import Status
 
 VERSION_TABLE: Final = "modelserve_alembic_version"  # the host may keep an alembic_version of its own
 HEAD: Final = "0001"
@@ -41,7 +41,7 @@ class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
 
 
 _BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # only INTEGER PRIMARY KEY counts up on SQLite
-_Json = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
+_Json = sa.JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql")
 
 
 def _enum(name: str, values: tuple[str, ...]) -> sa.Enum:
@@ -58,7 +58,7 @@ model_version = sa.Table(
     sa.Column("id", _BigId, primary_key=True),
     sa.Column("model_name", sa.String(128), nullable=False),
     sa.Column("version", sa.String(128), nullable=False),
-    sa.Column("framework", _enum("model_framework", get_args(FrameworkName)), nullable=False),
+    sa.Column("framework", sa.String(64), nullable=False),
     sa.Column("artifact_s3_key", sa.Text, nullable=False),
     sa.Column("artifact_sha256", sa.String(64), nullable=False),
     sa.Column("artifact_bytes", sa.BigInteger, nullable=False),
@@ -68,6 +68,7 @@ model_version = sa.Table(
     sa.Column("example_s3_key", sa.Text),
     sa.Column("example_sha256", sa.String(64)),
     sa.Column("example_bytes", sa.BigInteger),
+    sa.Column("conversion", _Json),
     _json("metrics"),
     _json("tags"),
     sa.Column("status", _enum("model_status", get_args(Status)), nullable=False),

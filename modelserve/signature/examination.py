@@ -228,9 +228,12 @@ def _cast_in_range(field: Field, array: Array) -> Array:
         bounds = np.iinfo(field.dtype)
         if int(array.min()) < bounds.min or int(array.max()) > bounds.max:
             raise InvalidInput(field.name, f"out of range for {field.dtype}: {bounds.min} to {bounds.max}")
-    with np.errstate(over="ignore"):
-        cast = np.array(array, dtype=field.numpy_dtype, order="C")
-    if field.dtype in FLOATS:
+    if array.dtype == field.numpy_dtype:
+        cast = np.array(array, order="C")
+    else:
+        with np.errstate(over="ignore"):
+            cast = np.array(array, dtype=field.numpy_dtype, order="C")
+    if field.dtype in FLOATS and not np.isfinite(cast).all():
         _refuse_non_finite(field, cast)
     return cast
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from modelserve.errors import ArtifactUnsafe
 from modelserve.ports import Model, SavedModel
-from modelserve.types import SOLE_OUTPUT, Columns, FrameworkName, Json
+from modelserve.types import SAFE, SOLE_OUTPUT, Columns, FrameworkName, Json, Runtime
 
 PATH: Final = "modelserve.testing.misbehaving:Misbehaving"
 
@@ -29,7 +29,7 @@ class Misbehaving:
 
     name: FrameworkName = "sklearn"
 
-    def save(self, model: Any, folder: Path, options: Mapping[str, Json]) -> SavedModel:
+    def save(self, model: Any, folder: Path, options: Mapping[str, Json], example: Columns | None = None) -> SavedModel:
         """Refuse: what these models are is in their name."""
         raise NotImplementedError
 
@@ -42,8 +42,7 @@ class Misbehaving:
         path: Path,  # noqa: ARG002  # the model is its format's name
         format: str,  # noqa: A002
         load_options: Mapping[str, Json],
-        *,
-        allow_pickle: bool = False,  # noqa: ARG002
+        runtime: Runtime = SAFE,  # noqa: ARG002
     ) -> Model:
         """Make the model named ``format``, after doing what ``load_options["first"]`` says."""
         first = load_options.get("first")

@@ -14,7 +14,7 @@ import numpy as np
 
 from modelserve.ports import Model
 from modelserve.testing.misbehaving import Misbehaving
-from modelserve.types import SOLE_OUTPUT, Columns, Json
+from modelserve.types import SAFE, SOLE_OUTPUT, Columns, Json, Runtime
 
 PATH: Final = "tests.execution.faulty:FaultyFramework"
 FINE, FAULT = 0.0, 1.0
@@ -28,8 +28,7 @@ class FaultyFramework(Misbehaving):
         path: Path,
         format: str,  # noqa: A002
         load_options: Mapping[str, Json],
-        *,
-        allow_pickle: bool = False,
+        runtime: Runtime = SAFE,
     ) -> Model:
         """Make the model named ``format``, once the gate is open if there is one."""
         gate = load_options.get("gate")
@@ -37,7 +36,7 @@ class FaultyFramework(Misbehaving):
             time.sleep(0.001)
         if format in _MODELS:
             return _Odd(_MODELS[format])
-        return super().load(path, format, load_options, allow_pickle=allow_pickle)
+        return super().load(path, format, load_options, runtime)
 
 
 class _Odd:

@@ -129,14 +129,13 @@ async def world(request: pytest.FixtureRequest, nothing_left: None) -> AsyncIter
     told: list[Event] = []
     load_options: dict[str, Any] = {}
 
-    def make() -> ProcessReplica:
+    def make(_: int) -> ProcessReplica:
         spec = WorkerSpec(
             framework=PATH,
             path="",
             format="touchy",
             load_options=dict(load_options),
             signature=NUMBER.to_json(),
-            replicas=2,
         )
         return ProcessReplica(spec, NUMBER)
 

@@ -125,7 +125,7 @@ def test_replicas_times_threads_stay_within_the_cores(replicas: int, have: int, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cores, "cores", lambda: have)
         environment = {} if limit is None else {"OMP_NUM_THREADS": limit}
-        threads = int(cores.thread_limits(replicas, environment)["OMP_NUM_THREADS"])
+        threads = int(cores.thread_limits(cores.share_of(replicas), environment)["OMP_NUM_THREADS"])
     assert threads >= 1
     assert threads == 1 or threads * replicas <= have
     if limit in {"1", "3"}:

@@ -23,8 +23,9 @@ POISON, HANG = -1.0, -2.0
 class FakeReplica:
     """Doubles its rows, ten milliseconds a batch, one batch after the other; dies of poison and hangs when told to."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, place: int) -> None:
         self.world = world
+        self.place = place
         self.number = len(world.replicas)
         world.replicas.append(self)
         self.batches: list[tuple[Sequence[Row], asyncio.Future[list[Json]]]] = []
@@ -108,7 +109,7 @@ class World:
 
     def pool(self, **options: Any) -> Pool:
         return Pool(
-            lambda: FakeReplica(self),
+            lambda place: FakeReplica(self, place),
             PoolOptions(**options),
             model_name="m",
             version="1",
@@ -421,6 +422,28 @@ def test_a_pool_grows_under_load_and_shrinks_after_minutes_of_quiet(run: Callabl
         assert (status.scaled_out, status.scaled_in) == (2, 2)
         await pool.stop()
         assert world.living == 0
+
+    run(scenario())
+
+
+def test_a_replica_keeps_its_place_and_a_free_place_is_taken_again(run: Callable[..., Any]) -> None:
+    """Places are numbered from 0 without gaps, so that devices dealt out by number stay evenly used."""
+
+    async def scenario() -> None:
+        world = World()
+        world.batch_s = 0.1
+        pool = world.pool(smallest=2, largest=3, max_rows=8, scaling=SCALING)
+        await pool.start(prove)
+        assert [replica.place for replica in world.replicas] == [0, 1]
+        world.replicas[0].kill("segmentation fault")
+        await asyncio.sleep(world.start_s + 0.5)
+        assert [replica.place for replica in world.replicas if replica.alive] == [1, 0]
+        for _ in range(2):
+            await crowd(pool, 200, 40.0)
+            assert sorted(replica.place for replica in world.replicas if replica.alive) == [0, 1, 2]
+            await asyncio.sleep(200)
+            assert world.living == 2
+        await pool.stop()
 
     run(scenario())
 

@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 
 from modelserve.errors import ExecutionError, InferenceFailed, LoadFailed, WorkerDied
-from modelserve.execution import cores, process
+from modelserve.execution import process
 from modelserve.execution.arena import Arena
 from modelserve.execution.process import ProcessReplica, WorkerSpec
 from modelserve.execution.thread import ThreadReplica
 from modelserve.signature import Signature
 from modelserve.testing.misbehaving import DEAF, KILLED, SEGFAULT
 from modelserve.testing.replicas import GATED, IMAGE, NUMBER, Make, ReplicaContract, exists, numbers, started
+from modelserve.types import Runtime
 from tests.execution.faulty import FAULT, FINE, PATH, FaultyFramework
 
 
@@ -42,7 +43,7 @@ def process_replica(model: str, signature: Signature, *, niceness: int = 0, **op
         format=model,
         load_options=options,
         signature=signature.to_json(),
-        replicas=2,
+        runtime=Runtime(threads=3),
         niceness=niceness,
     )
     return ProcessReplica(spec, signature)
@@ -107,8 +108,7 @@ async def test_a_worker_imports_its_adapter_and_little_else() -> None:
 
 
 async def test_a_worker_has_limits_a_priority_and_the_hosts_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads are bounded by replicas, the niceness is applied, and modules are found where the host finds them."""
-    monkeypatch.setattr(cores, "cores", lambda: 6)
+    """Threads are bounded, the niceness is applied, and modules are found where the host finds them."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.syspath_prepend("/somewhere/special")
     environment = dict(os.environ)

@@ -48,7 +48,7 @@ def rows(*values: float) -> Sequence[Row]:
 def pool_of(*models: Model, **options: Any) -> Pool:
     supply = iter(models)
     return Pool(
-        lambda: ThreadReplica(lambda: next(supply), SIGNATURE),
+        lambda _: ThreadReplica(lambda: next(supply), SIGNATURE),
         PoolOptions(**{"smallest": len(models), "largest": len(models), "max_rows": 8, "queue_limit": 100} | options),
     )
 
@@ -81,7 +81,7 @@ async def test_a_model_that_does_not_load_is_one_typed_error() -> None:
     def load() -> Model:
         raise RuntimeError("no weights")
 
-    pool = Pool(lambda: ThreadReplica(load, SIGNATURE), PoolOptions(smallest=2, largest=2))
+    pool = Pool(lambda _: ThreadReplica(load, SIGNATURE), PoolOptions(smallest=2, largest=2))
     with pytest.raises(LoadFailed, match="RuntimeError: no weights"):
         await pool.start(no_proof)
     await asyncio.to_thread(_join_replicas)

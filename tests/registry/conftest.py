@@ -48,6 +48,7 @@ def insert() -> Insert:
             "signature": {"inputs": []},
             "load_options": {"method": "predict"},
             "example": None,
+            "conversion": None,
             "metrics": {},
             "tags": {},
             "actor": "tester",

@@ -14,7 +14,6 @@ depends_on = None
 _BIG_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _JSON = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
 _MOMENT = sa.DateTime(timezone=True)
-_FRAMEWORK = sa.Enum("pytorch", "tensorflow", "sklearn", "onnx", name="model_framework", create_constraint=True)
 _STATUS = sa.Enum("staging", "production", "archived", name="model_status", create_constraint=True)
 
 
@@ -26,11 +25,10 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them again, with the types that PostgreSQL made for them."""
+    """Drop them again, with the type that PostgreSQL made for one of them."""
     for table in ("deployment_event", "deployment", "model_version"):
         op.drop_table(table)
-    for enum in (_STATUS, _FRAMEWORK):
-        enum.drop(op.get_bind(), checkfirst=True)
+    _STATUS.drop(op.get_bind(), checkfirst=True)
 
 
 def _create_model_version() -> None:
@@ -39,7 +37,7 @@ def _create_model_version() -> None:
         sa.Column("id", _BIG_ID, nullable=False),
         sa.Column("model_name", sa.String(128), nullable=False),
         sa.Column("version", sa.String(128), nullable=False),
-        sa.Column("framework", _FRAMEWORK, nullable=False),
+        sa.Column("framework", sa.String(64), nullable=False),
         sa.Column("artifact_s3_key", sa.Text(), nullable=False),
         sa.Column("artifact_sha256", sa.String(64), nullable=False),
         sa.Column("artifact_bytes", sa.BigInteger(), nullable=False),
@@ -49,6 +47,7 @@ def _create_model_version() -> None:
         sa.Column("example_s3_key", sa.Text()),
         sa.Column("example_sha256", sa.String(64)),
         sa.Column("example_bytes", sa.BigInteger()),
+        sa.Column("conversion", _JSON),
         sa.Column("metrics", _JSON, nullable=False),
         sa.Column("tags", _JSON, nullable=False),
         sa.Column("status", _STATUS, nullable=False),
