@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,35 @@ def test_the_tutorial_runs(reader: Reader, capsys: pytest.CaptureFixture[str]) -
 
     assert counts["json"] > 5
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == _shown_output(page)
+
+
+@pytest.mark.timeout(120)  # imports the framework, in a worker process too
+@pytest.mark.parametrize("name", ["onnx", "pytorch", "tensorflow"])
+def test_the_page_of_a_framework_runs(reader: Reader, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of the how-to runs, one after the other."""
+    monkeypatch.syspath_prepend(reader.folder)  # where files of the page are written
+    assert reader.read(ROOT / "docs" / "how-to" / f"{name}.md")["python"] >= 2
+
+
+@pytest.mark.timeout(120)  # runs a suite of its own
+def test_the_adapter_of_the_how_to_passes_the_contract(reader: Reader) -> None:
+    """Installed as a package with the entry point shown, the adapter passes the tests shown."""
+    page = ROOT / "docs" / "how-to" / "adapters.md"
+    text = page.read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    ((group, points),) = tomllib.loads(shown)["project"]["entry-points"].items()
+    package = reader.folder / "factors-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: factors\nVersion: 1\n", encoding="utf-8")
+    lines = [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
+    (package / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
+
+    assert reader.read(page)["python"] == 2
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_factors.py"]
+    suite = subprocess.run(command, env=reader._environment(), capture_output=True, text=True, check=False)
+
+    assert suite.returncode == 0, suite.stdout + suite.stderr
+    assert int(re.findall(r"(\d+) passed", suite.stdout)[0]) > 10
 
 
 def test_the_configuration_file_shown_is_read() -> None:

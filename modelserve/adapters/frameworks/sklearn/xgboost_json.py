@@ -1,0 +1,66 @@
+"""The format ``xgboost-json``: XGBoost's own JSON of an estimator. Data alone, read by XGBoost's parser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from modelserve import plugins
+from modelserve.adapters.frameworks.sklearn.formats import Format
+from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed
+from modelserve.types import Json, Runtime
+
+_ESTIMATORS: Final = ("XGBClassifier", "XGBRegressor", "XGBRanker", "XGBRFClassifier", "XGBRFRegressor")
+_CLASSIFYING: Final = ("binary:logistic", "multi:softprob", "multi:softmax")
+
+
+class XGBoostJson(Format):
+    """Estimators of XGBoost's scikit-learn interface. The file says which inputs they were fitted on."""
+
+    name = "xgboost-json"
+    suffixes = (".json",)
+
+    def write(self, estimator: Any, path: Path) -> dict[str, Json]:
+        """Write a fitted estimator."""
+        name = type(estimator).__name__
+        if name not in _ESTIMATORS:
+            problem = f"XGBoost's JSON holds no {name}; it holds {', '.join(_ESTIMATORS)}"
+            raise InvalidInput("model", problem)
+        try:
+            estimator.save_model(path)
+        except Exception as error:
+            raise InvalidInput("model", f"XGBoost cannot save it: {error}") from error
+        return {"estimator": name}
+
+    def inspect(self, path: Path, options: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002
+        """Tell a classifier from a regressor by what it was trained for."""
+        try:
+            objective = orjson.loads(_bytes(path))["learner"]["objective"]["name"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise LoadFailed(f"XGBoost cannot read the artifact: {error}") from error
+        return {"estimator": "XGBClassifier" if objective in _CLASSIFYING else "XGBRegressor"}
+
+    def read(self, path: Path, load_options: Mapping[str, Json], runtime: Runtime) -> Any:
+        """Read an estimator; of its classes nothing is loaded but what XGBoost has itself."""
+        name = load_options.get("estimator")
+        if name not in _ESTIMATORS:
+            raise LoadFailed(f"XGBoost has no estimator {name!r}")
+        data = _bytes(path)
+        estimator = getattr(plugins.require("xgboost"), name)(n_jobs=runtime.threads)
+        try:
+            estimator.load_model(bytearray(data))
+        except Exception as error:
+            reason = str(error).partition("\nStack trace")[0]
+            raise LoadFailed(f"XGBoost cannot read the artifact: {reason}") from error
+        return estimator
+
+
+def _bytes(path: Path) -> bytes:
+    """Return the bytes of what is JSON at the first look, so that no other parser is chosen for them."""
+    data = path.read_bytes()
+    if not data.startswith(b"{"):
+        raise ArtifactUnsafe("the artifact is not XGBoost's JSON (its bytes begin with no brace); it was not opened")
+    return data
