@@ -92,6 +92,26 @@ def onnx_forest() -> Network:
     return Network("ONNX forest of 100", graph, x, lambda batch: session.run(None, {"X": batch}))
 
 
+def logistic() -> Network:
+    """Fit a scaler and a logistic regression over 30 features."""
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415  # as above
+    from sklearn.pipeline import make_pipeline  # noqa: PLC0415  # as above
+    from sklearn.preprocessing import StandardScaler  # noqa: PLC0415  # as above
+
+    x, y = _cancer()
+    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(x, y)
+    return Network("scaler + logistic", model, x, model.predict)
+
+
+def boosting() -> Network:
+    """Fit histogram gradient boosting of 100 trees."""
+    from sklearn.ensemble import HistGradientBoostingClassifier  # noqa: PLC0415  # as above
+
+    x, y = _cancer()
+    model = HistGradientBoostingClassifier(random_state=0).fit(x, y)
+    return Network("HistGradientBoosting(100)", model, x, model.predict)
+
+
 def sklearn_forest(**register: Any) -> Network:
     """Fit a random forest of 200 trees; ``optimize="onnx"`` is for the caller to ask."""
     x, y = _cancer()

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import orjson
 import uvloop
 
@@ -36,13 +37,23 @@ from benchmarks._common import (
     report,
 )
 from benchmarks._load import Load, generator, post, run
-from benchmarks._networks import Network, keras_mlp, onnx_forest, sklearn_forest, torch_conv, torch_mlp
+from benchmarks._networks import (
+    Network,
+    boosting,
+    keras_mlp,
+    logistic,
+    onnx_forest,
+    sklearn_forest,
+    torch_conv,
+    torch_mlp,
+)
 from benchmarks._processes import Server, serving
 from modelserve import plugins
 from modelserve.types import Runtime
 
 SIZES: Final = (1, 8, 64)
 COMPILED_SIZES: Final = (1, 32, 256)
+TURNING_SIZES: Final = (1, 32, 256, 4096)
 CONNECTIONS: Final = (1, 64)
 SLOW_US: Final = 10_000
 PATIENT: Final[dict[str, Any]] = {"timeout_ms": 60_000, "slo_ms": 30_000, "max_batch_size": 256}
@@ -79,12 +90,14 @@ def main() -> None:
         batches += rows
         starts += started
     compiled = _compiled(effort)
+    turning = [row for network in (logistic(), boosting(), sklearn_forest()) for row in _turning(network, effort)]
     over_http = _over_http(crowd)
     print_table(f"microseconds a batch (medians of {effort.rounds} × {effort.seconds} s)", batches)
     print_table("start of a replica: seconds until it is proven, and memory of its process in MB", starts)
     print_table("a forest of 200 trees, microseconds a batch", compiled)
-    print_table("the same over HTTP, answers per second", over_http)
-    everything = [*batches, *starts, *compiled, *over_http]
+    print_table("estimators and what they are compiled to, called directly, microseconds a batch", turning)
+    print_table("the forest over HTTP, answers per second", over_http)
+    everything = [*batches, *starts, *compiled, *turning, *over_http]
     report("frameworks", quick=quick, rows=everything, budgets=_budgets(batches, compiled))
 
 
@@ -166,6 +179,23 @@ def _compiled_row(plain: Network, size: int, sides: dict[str, Side], effort: Eff
     )
 
 
+def _turning(network: Network, effort: Effort) -> list[dict[str, Any]]:
+    """Find out where compiling ends to gain: the more rows, the less the way to the numbers counts."""
+    network = dataclasses.replace(network, register={"optimize": "onnx"})
+    with tempfile.TemporaryDirectory() as name:
+        infer = _adapter(Path(name), _registered(Path(name), network))
+        return [_turning_row(network, size, infer, effort) for size in TURNING_SIZES]
+
+
+def _turning_row(network: Network, size: int, infer: Callable[[Any], Any], effort: Effort) -> dict[str, Any]:
+    batch = np.resize(network.rows, (size, *network.rows.shape[1:]))
+    calls = {"bare": lambda: network.bare(batch), "onnx": lambda: infer(batch)}
+    found = alternate({name: partial(_call_us, call, effort.seconds) for name, call in calls.items()}, effort.rounds)
+    row: dict[str, Any] = {"model": network.name, "rows": size}
+    row |= {name: median(spent) for name, spent in found.items()}
+    return row | {"bare / onnx": ratio(found["bare"], found["onnx"])}
+
+
 def _over_http(effort: Effort) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         load = stack.enter_context(generator())
@@ -237,8 +267,7 @@ def _adapter(folder: Path, registry: ms.Registry) -> Callable[[Any], Any]:
     model = plugins.framework(version.framework).load(
         path, version.artifact.format, version.load_options, Runtime(allow_code=True)
     )
-    (field,) = ms.Signature.from_json(version.signature).inputs
-    return lambda batch: model.infer({field.name: batch})
+    return lambda batch: model.infer({"x": batch})
 
 
 def _validation(batch: Any) -> Callable[[], Any]:
