@@ -114,6 +114,7 @@ class Settings(BaseSettings):
     artifacts: str | None = None
     cache_dir: Path | None = None
     cache_bytes: int | None = Field(default=None, ge=1)
+    download_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     poll_s: float = Field(default=1.0, gt=0)
     models: dict[str, ModelOptions] | None = None
 

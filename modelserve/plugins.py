@@ -11,12 +11,12 @@ import contextlib
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
 from modelserve.errors import ConfigError, InvalidInput, MissingDependency
-from modelserve.ports import Converter, Framework
+from modelserve.ports import Converter, Framework, ObjectReader
 
 FRAMEWORKS: Final = {
     "onnx": "modelserve.adapters.frameworks.onnx:OnnxFramework",
@@ -26,6 +26,10 @@ FRAMEWORKS: Final = {
 }
 _CONVERTERS: Final = {
     ("sklearn", "onnx"): "modelserve.adapters.converters.sklearn_to_onnx:SklearnToOnnx",
+}
+_OBJECT_READERS: Final = {
+    "s3": "modelserve.adapters.stores.s3:S3Reader",
+    "s3a": "modelserve.adapters.stores.s3:S3Reader",
 }
 _FRAMEWORK_OF_PACKAGE: Final = {
     "keras": "tensorflow",
@@ -50,6 +54,7 @@ _FRAMEWORK_OF_SUFFIX: Final = {
 }
 _SAVED_MODEL: Final = "saved_model.pb"  # what makes a folder a SavedModel
 _EXTRAS: Final = {
+    "botocore": "aws",
     "google": "onnx",
     "joblib": "sklearn",
     "keras": "tensorflow",
@@ -103,6 +108,15 @@ def converter(optimize: str, framework_name: str) -> Converter:
         known = ", ".join(f"{name} models to {other!r}" for name, other in _CONVERTERS)
         raise InvalidInput("optimize", f"cannot turn a {framework_name} model into {optimize!r}; it turns {known}")
     return cast("Converter", resolve(target)())
+
+
+def object_reader(scheme: str, storage_options: Mapping[str, Any]) -> ObjectReader | None:
+    """Return what reads the objects of a store, by the scheme of its URL; None where the fsspec driver does it.
+
+    Raises ``MissingDependency`` when its package is not installed.
+    """
+    target = _OBJECT_READERS.get(scheme)
+    return None if target is None else cast("ObjectReader", resolve(target)(storage_options))
 
 
 def framework_of(model: object) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from modelserve.types import SAFE, Columns, FrameworkName, Json, Row, Runtime
 
@@ -127,3 +128,40 @@ class ChangeHints(Protocol):
     def subscribe(self, listener: Callable[[str], None]) -> Callable[[], None]:
         """Call ``listener(model_name)`` on changes, from any thread; return what ends the subscription."""
         ...
+
+
+class OpenObject(NamedTuple):
+    """An object that is being read.
+
+    ``tag`` tells one state of it from another (None where the store has no such thing), ``size`` is the number of bytes
+    of the whole (None: unknown), and ``pieces`` are its bytes from where reading began.
+    """
+
+    tag: str | None
+    size: int | None
+    pieces: Iterator[bytes]
+
+
+class ObjectReader(Protocol):
+    """Reads the objects of one kind of store. Each call is one attempt: who tries again is the caller."""
+
+    def open(self, path: str, start: int, tag: str | None) -> contextlib.AbstractContextManager[OpenObject]:
+        """Open the object at ``path`` from byte ``start`` on, as long as it is the one that had ``tag``.
+
+        Opening it and reading its pieces raise :class:`Interrupted` for what may pass, :class:`ObjectChanged` when
+        another object is in its place, ``FileNotFoundError`` when there is none, and ``BackendUnavailable`` for
+        what asking again does not help: no right to read it, no such bucket, no credentials.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the connections. Safe to call twice."""
+        ...
+
+
+class Interrupted(Exception):
+    """A transfer broke off, or did not begin, for a reason that may pass; the message is that reason in a few words."""
+
+
+class ObjectChanged(Exception):
+    """Another object is in the place of the one whose beginning was read."""

@@ -19,7 +19,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
-from modelserve.artifacts import DiskCache, default_cache_folder
+from modelserve.artifacts import DOWNLOAD_LIMIT_S, DiskCache, default_cache_folder
 from modelserve.config import ModelOptions, Settings
 from modelserve.errors import ForkedServer, InferenceFailed, InvalidInput, NotReady
 from modelserve.events import Observer, Observers, Served
@@ -41,7 +41,8 @@ class AsyncModelServer:
     """Serves models inside an asyncio host.
 
     ``models`` names what to serve and how (None: every model that has a production version). Artifacts are kept
-    under ``cache_dir``, at most ``cache_bytes`` of them; the registry is polled every ``poll_s`` seconds.
+    under ``cache_dir``, at most ``cache_bytes`` of them, and fetching one may take ``download_limit_s`` seconds; the
+    registry is polled every ``poll_s`` seconds.
 
     Use it as ``async with AsyncModelServer(registry) as server``. All of it belongs to the loop that started it.
     """
@@ -53,12 +54,15 @@ class AsyncModelServer:
         *,
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
+        download_limit_s: float = DOWNLOAD_LIMIT_S,
         poll_s: float = 1.0,
     ) -> None:
         self.registry = registry
         self._models = None if models is None else dict(models)
         self._cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_folder()
         self._cache_bytes = cache_bytes
+        self._download_limit_s = download_limit_s
+        self._cache: DiskCache | None = None
         self._poll_s = poll_s
         self._observers = Observers()
         self._live: Live | None = None
@@ -225,6 +229,8 @@ class AsyncModelServer:
 
     async def _release(self) -> None:
         live, self._live = self._live, None
+        if self._cache is not None:
+            self._cache.close()  # or the interpreter, when it exits, waits for a download that nobody wants
         if live is not None:
             await live.stop()
         for executor in self._executors:
@@ -253,8 +259,8 @@ class AsyncModelServer:
         return self._live
 
     def _open_loader(self) -> Loader:
-        cache = DiskCache(self._cache_dir, max_bytes=self._cache_bytes)
-        return Loader(self.registry.artifacts, cache, self._loads, self._observers)
+        self._cache = DiskCache(self._cache_dir, max_bytes=self._cache_bytes, download_limit_s=self._download_limit_s)
+        return Loader(self.registry.artifacts, self._cache, self._loads, self._observers)
 
 
 class ModelServer:
@@ -271,9 +277,17 @@ class ModelServer:
         *,
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
+        download_limit_s: float = DOWNLOAD_LIMIT_S,
         poll_s: float = 1.0,
     ) -> None:
-        self.core = AsyncModelServer(registry, models, cache_dir=cache_dir, cache_bytes=cache_bytes, poll_s=poll_s)
+        self.core = AsyncModelServer(
+            registry,
+            models,
+            cache_dir=cache_dir,
+            cache_bytes=cache_bytes,
+            download_limit_s=download_limit_s,
+            poll_s=poll_s,
+        )
         self._gate = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -407,6 +421,7 @@ def _from_settings(settings: Settings) -> dict[str, Any]:
         "models": settings.models,
         "cache_dir": settings.cache_dir,
         "cache_bytes": settings.cache_bytes,
+        "download_limit_s": settings.download_limit_s,
         "poll_s": settings.poll_s,
     }
 

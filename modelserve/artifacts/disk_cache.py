@@ -15,29 +15,36 @@ a shared lock on it; eviction takes only what it can lock alone.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
+import errno
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Final, NamedTuple, Self
 
 from modelserve.artifacts import blob, files
+from modelserve.artifacts.pruning import CacheEntry, Examined, removable
 from modelserve.artifacts.store import ArtifactStore
-from modelserve.errors import ArtifactCorrupt, BackendUnavailable
+from modelserve.artifacts.transfer import DOWNLOAD_LIMIT_S, Effort
+from modelserve.errors import ArtifactCorrupt, BackendUnavailable, LoadFailed
 from modelserve.types import Artifact
 
 _log = logging.getLogger("modelserve")
 _BACKEND: Final = "artifact cache"
-_ATTEMPTS: Final = 3
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _ROUNDS: Final = 5  # find a bad blob, download, find it evicted, download, have it: more is no accident
-_PATIENCE_S: Final = 120.0  # for another process's download of the same bytes
+_PATIENCE_S: Final = 30.0  # for another process that fetches the same bytes and gets nowhere
 _QUARANTINED: Final = 8
 _MANIFEST_LIMIT: Final = 64 * 1024 * 1024
+_ROOM: Final = "make room with `modelserve cache prune`, or set cache_bytes so that what is not in use may go by itself"
 
 
 def default_cache_folder() -> Path:
@@ -69,16 +76,20 @@ class Lease:
 class DiskCache:
     """Artifacts under ``folder``, at most ``max_bytes`` of them (None: no bound), least recently used out first.
 
-    Thread-safe; any number of processes may share a folder, and a fork may copy the cache at any moment. What a
-    process finds on the disk is verified the first time that process uses it.
+    Fetching one may take ``download_limit_s`` seconds, with all attempts. Thread-safe; any number of processes may
+    share a folder, and a fork may copy the cache at any moment. What a process finds on the disk is verified the
+    first time that process uses it.
     """
 
-    def __init__(self, folder: str | Path, *, max_bytes: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, max_bytes: int | None = None, download_limit_s: float = DOWNLOAD_LIMIT_S
+    ) -> None:
         self._folder = Path(folder).absolute()
         self._temp = self._folder / "temp"
         self._max_bytes = max_bytes
+        self._download_limit_s = download_limit_s
         self._process = _Process()
-        with _disk_errors():
+        with self._disk_errors():
             self._temp.mkdir(parents=True, exist_ok=True)
             files.sweep(self._temp)
 
@@ -86,15 +97,15 @@ class DiskCache:
         """Return the artifact on the local disk, downloaded if need be, and verified.
 
         Raises ``ArtifactCorrupt`` when the store's bytes are not the registered ones, ``LoadFailed`` when it has none,
-        and ``BackendUnavailable`` when it does not answer or the disk is full.
+        and ``BackendUnavailable`` when it does not answer, refuses, is too slow, or the disk has no room.
         """
         key = blob.key_of(artifact)
-        limit = _MANIFEST_LIMIT if blob.is_manifest(key) else artifact.size
         process = self._of_this_process()
-        with process.lock_of(key), _disk_errors():
-            held = self._acquire(store, key, limit)
+        task = _Task(store, Effort(self._download_limit_s, wait=process.closing.wait))
+        with process.lock_of(key), self._disk_errors():
+            held = self._acquire(task, key, _MANIFEST_LIMIT if blob.is_manifest(key) else artifact.size)
             try:
-                path = self._tree(store, key, held) if blob.is_manifest(key) else self._folder / key
+                path = self._tree(task, key, held) if blob.is_manifest(key) else self._folder / key
             except BaseException:
                 held.close()
                 raise
@@ -103,15 +114,19 @@ class DiskCache:
         self._evict()
         return lease
 
+    def close(self) -> None:
+        """End the downloads that run, in whichever thread, with ``BackendUnavailable``; leases stay. No more begin."""
+        self._of_this_process().closing.set()
+
     # -- one blob ------------------------------------------------------------------------------------------
 
-    def _acquire(self, store: ArtifactStore, key: str, limit: int) -> IO[bytes]:
+    def _acquire(self, task: _Task, key: str, limit: int) -> IO[bytes]:
         """Return the verified file of a key, open and held. The caller has the lock of the key."""
         path = self._folder / key
         for _ in range(_ROUNDS):
             held = files.hold(path)
             if held is None:
-                self._fill(store, key, limit)
+                self._fill(task, key, limit)
             elif self._is_sound(key, held):
                 _touch(path)
                 return held
@@ -129,34 +144,32 @@ class DiskCache:
             held.seek(0)
         return True
 
-    def _fill(self, store: ArtifactStore, key: str, limit: int) -> None:
+    def _fill(self, task: _Task, key: str, limit: int) -> None:
         """Download, unless another process did so while this one waited for its turn."""
-        with files.turn(self._temp, key.replace("/", "-"), _PATIENCE_S):
+        waiting = partial(task.effort.check, key)
+        with files.turn(self._temp, key.replace("/", "-"), _PATIENCE_S, waiting) as get_on:
             if not (self._folder / key).exists():
-                self._download(store, key, limit)
+                files.sweep(self._temp)
+                self._make_room(key, 0 if blob.is_manifest(key) else limit)
+                self._download(task, key, limit, get_on)
 
-    def _download(self, store: ArtifactStore, key: str, limit: int) -> None:
-        """Try again what broke off or came out wrong. What never began, the store's driver already retried."""
-        for attempt in range(1, _ATTEMPTS + 1):
-            with files.draft(self._temp) as draft:
-                try:
-                    self._receive(store, key, limit, draft)
-                except (BackendUnavailable, ArtifactCorrupt) as error:
-                    never_began = isinstance(error, BackendUnavailable) and draft.tell() == 0
-                    if never_began or attempt == _ATTEMPTS:
-                        raise
-                    _log.warning("attempt %d of %d: %s", attempt, _ATTEMPTS, error)
-                else:
-                    if files.add(draft, self._folder / key):
-                        self._of_this_process().verified[key] = _identity(draft)
-                    return
+    def _download(self, task: _Task, key: str, limit: int, get_on: Callable[[], None]) -> None:
+        """Fetch from the beginning once more what came out wrong; what is wrong again is so in the store."""
+        try:
+            self._receive(task, key, limit, get_on)
+        except ArtifactCorrupt as error:
+            _log.warning("%s; it is fetched once more", error)
+            self._receive(task, key, limit, get_on)
 
-    def _receive(self, store: ArtifactStore, key: str, limit: int, draft: IO[bytes]) -> None:
+    def _receive(self, task: _Task, key: str, limit: int, get_on: Callable[[], None]) -> None:
         wanted = blob.digest_in(key)
-        with contextlib.closing(store.read(key)) as pieces:
-            found, _ = files.copy(_at_most(limit, pieces, key), draft)
-        if found != wanted:
-            raise ArtifactCorrupt(key, wanted, found)
+        with files.draft(self._temp) as draft:
+            with contextlib.closing(task.store.read(key, task.effort)) as pieces:
+                found, _ = files.copy(_watched(limit, pieces, key, get_on), draft)
+            if found != wanted:
+                raise ArtifactCorrupt(key, wanted, found)
+            if files.add(draft, self._folder / key):
+                self._of_this_process().verified[key] = _identity(draft)
 
     def _quarantine(self, path: Path, held: IO[bytes]) -> None:
         """Set bad bytes aside for whoever asks what happened to them."""
@@ -171,20 +184,24 @@ class DiskCache:
 
     # -- folders -------------------------------------------------------------------------------------------
 
-    def _tree(self, store: ArtifactStore, key: str, manifest: IO[bytes]) -> Path:
+    def _tree(self, task: _Task, key: str, manifest: IO[bytes]) -> Path:
         """Return the folder of a manifest, made of the verified blobs; what is there is kept only if it is the same."""
         entries = blob.decode_manifest(b"".join(files.chunks(manifest)))
         tree = self._tree_path(key)
+        missing = {
+            each.sha256: each.size for each in entries if not (self._folder / blob.blob_key(each.sha256)).exists()
+        }
+        self._make_room(key, sum(missing.values()))
         with files.draft_folder(self._temp) as draft:
             for entry in entries:
-                self._link(store, entry, draft)
+                self._link(task, entry, draft)
             self._put_tree(draft, tree, entries)
         return tree
 
-    def _link(self, store: ArtifactStore, entry: blob.Entry, folder: Path) -> None:
+    def _link(self, task: _Task, entry: blob.Entry, folder: Path) -> None:
         key, target = blob.blob_key(entry.sha256), folder / entry.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self._of_this_process().lock_of(key), self._acquire(store, key, entry.size):
+        with self._of_this_process().lock_of(key), self._acquire(task, key, entry.size):
             os.link(self._folder / key, target)
 
     def _put_tree(self, draft: Path, tree: Path, entries: Sequence[blob.Entry]) -> None:
@@ -212,15 +229,43 @@ class DiskCache:
 
     def _evict(self) -> None:
         """Remove what was used longest ago until ``max_bytes`` hold. What cannot be removed fails no fetch."""
-        if self._max_bytes is None:
-            return
-        found = sorted(self._on_disk(), key=lambda each: each.last_use_ns)
-        excess = sum(each.size for each in found) - self._max_bytes
-        for each in found:
-            if excess <= 0:
+        if self._max_bytes is not None:
+            found = list(self._on_disk())
+            self._free(found, sum(each.size for each in found) - self._max_bytes)
+
+    def _free(self, found: Sequence[_OnDisk], wanted: int) -> None:
+        """Remove what is not in use, used longest ago first, until that many bytes are gone."""
+        for each in sorted(found, key=lambda each: each.last_use_ns):
+            if wanted <= 0:
                 return
             if self._is_removed(each.key):
-                excess -= each.size
+                wanted -= each.size
+
+    def _make_room(self, key: str, size: int) -> None:
+        """See to it that the disk can take so many bytes more. Only a cache that may evict does so for it.
+
+        Raises ``BackendUnavailable`` that says how much is missing: before a download, which would end with the disk
+        full to the last byte for everybody.
+        """
+        missing = size - self._free_bytes()
+        if missing > 0 and self._max_bytes is not None:
+            self._free(list(self._on_disk()), missing)
+            missing = size - self._free_bytes()
+        if missing > 0:
+            told = f"{key} takes {size} bytes, which is {missing} more than the disk has free; {_ROOM}"
+            raise BackendUnavailable(_BACKEND, told)
+
+    def _free_bytes(self) -> int:
+        self._temp.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self._temp).free
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+            raise BackendUnavailable(_BACKEND, f"{problem}; {_ROOM}" if error.errno in _FULL else problem) from error
 
     def _on_disk(self) -> Iterator[_OnDisk]:
         for kind in ("manifests", "blobs"):
@@ -251,11 +296,124 @@ class DiskCache:
             path.unlink()
             return True
 
+    # -- looking after it ----------------------------------------------------------------------------------
+
+    def entries(self) -> list[CacheEntry]:
+        """Return what lies in the cache, by key. Whether something is in use shows only where locks work."""
+        with self._disk_errors():
+            parts = {each.key: self._parts(each.key) for each in self._on_disk() if blob.is_manifest(each.key)}
+            used = {each.key for each in self._on_disk() if self._is_used(each.key)}
+            used |= {part for key in used for part in parts.get(key, ())}
+            found = [
+                CacheEntry(
+                    key=each.key,
+                    kind="folder" if blob.is_manifest(each.key) else "file",
+                    size=each.size,
+                    last_use=_moment(each.last_use_ns),
+                    in_use=each.key in used,
+                    parts=parts.get(each.key, ()),
+                )
+                for each in self._on_disk()
+            ]
+            return sorted([*found, *self._set_aside()], key=lambda each: each.key)
+
+    def prune(
+        self, *, max_bytes: int | None = None, used_before: dt.datetime | None = None, dry_run: bool = False
+    ) -> list[CacheEntry]:
+        """Remove what is not in use, used longest ago first; return what was removed, or would be in a ``dry_run``.
+
+        ``max_bytes`` ends it as soon as the rest takes no more than that, ``used_before`` (aware) spares what was used
+        since.
+        """
+        planned = removable(self.entries(), max_bytes=max_bytes, used_before=used_before)
+        with self._disk_errors():
+            return planned if dry_run else [each for each in planned if self._is_pruned(each)]
+
+    def verify(self) -> list[Examined]:
+        """Hash everything; set aside the files that do not hash to their name, and remove the folders made of them."""
+        with self._disk_errors():
+            found = [self._examined(each) for each in self._on_disk()]
+            trees = [self._examined_tree(path) for path in (self._folder / "trees" / "sha256").glob("*")]
+        return sorted([each for each in [*found, *trees] if each is not None], key=lambda each: each.key)
+
+    def _parts(self, key: str) -> tuple[str, ...]:
+        try:
+            entries = blob.decode_manifest((self._folder / key).read_bytes())
+        except (OSError, LoadFailed):  # gone, or damaged: then it holds nothing
+            return ()
+        return tuple(sorted({blob.blob_key(entry.sha256) for entry in entries}))
+
+    def _is_used(self, key: str) -> bool:
+        try:
+            with self._of_this_process().unless_used(key) as unused, files.claim(self._folder / key) as free:
+                return not (unused and free)
+        except FileNotFoundError:
+            return False
+        except OSError:  # who may not even open it does not know
+            return True
+
+    def _set_aside(self) -> Iterator[CacheEntry]:
+        for path in (self._folder / "quarantine").glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                yield CacheEntry(
+                    key=f"quarantine/{path.name}",
+                    kind="quarantined",
+                    size=status.st_size,
+                    last_use=_moment(status.st_mtime_ns),
+                    in_use=False,
+                )
+
+    def _is_pruned(self, entry: CacheEntry) -> bool:
+        if entry.kind != "quarantined":
+            return self._is_removed(entry.key)
+        (self._folder / entry.key).unlink(missing_ok=True)
+        return True
+
+    def _examined(self, found: _OnDisk) -> Examined | None:
+        path = self._folder / found.key
+        held = files.hold(path)
+        if held is None:
+            return None
+        sound = files.digest_of(files.chunks(held))[0] == blob.digest_in(found.key)
+        held.close() if sound else self._quarantine(path, held)
+        return Examined(key=found.key, size=found.size, sound=sound)
+
+    def _examined_tree(self, tree: Path) -> Examined | None:
+        """A file of a folder is a second name of one that was examined, or is hashed by itself."""
+        manifest = self._folder / blob.manifest_key(tree.name)
+        try:
+            entries = blob.decode_manifest(manifest.read_bytes())
+            size = sum(entry.size for entry in entries)
+            sound = self._is_tree_of(tree, entries)
+        except (OSError, LoadFailed):
+            size, sound = 0, False
+        if not sound:
+            self._remove_tree(tree)
+        return Examined(key=f"trees/sha256/{tree.name}", size=size, sound=sound)
+
+    def _is_tree_of(self, tree: Path, entries: Sequence[blob.Entry]) -> bool:
+        found = {path.relative_to(tree).as_posix() for path in files.below(tree)}
+        return found == {entry.path for entry in entries} and all(self._is_part(tree, entry) for entry in entries)
+
+    def _is_part(self, tree: Path, entry: blob.Entry) -> bool:
+        path, examined = tree / entry.path, self._folder / blob.blob_key(entry.sha256)
+        if examined.exists() and path.samefile(examined):
+            return True
+        return files.digest_of(files.chunks_of(path))[0] == entry.sha256
+
     def _of_this_process(self) -> _Process:
         """Return what this process knows. After a fork that is nothing: locks and leases were the parent's."""
         if self._process.pid != os.getpid():
             self._process = _Process()
         return self._process
+
+
+class _Task(NamedTuple):
+    """Where to fetch from, and how long one fetch may take in all."""
+
+    store: ArtifactStore
+    effort: Effort
 
 
 class _OnDisk(NamedTuple):
@@ -270,6 +428,7 @@ class _Process:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.verified: dict[str, tuple[int, int]] = {}
+        self.closing = threading.Event()
         self._leases: Counter[str] = Counter()
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
@@ -319,14 +478,19 @@ def _same_tree(tree: Path, draft: Path, entries: Sequence[blob.Entry]) -> bool:
         return False
 
 
-def _at_most(limit: int, pieces: Iterator[bytes], key: str) -> Iterator[bytes]:
-    """Pass the pieces on, but do not fill the disk with what cannot be the artifact."""
+def _watched(limit: int, pieces: Iterator[bytes], key: str, get_on: Callable[[], None]) -> Iterator[bytes]:
+    """Pass the pieces on and tell of each, but do not fill the disk with what cannot be the artifact."""
     size = 0
     for piece in pieces:
         size += len(piece)
         if size > limit:
             raise ArtifactCorrupt(key, blob.digest_in(key), f"more than its {limit} bytes")
+        get_on()
         yield piece
+
+
+def _moment(time_ns: int) -> dt.datetime:
+    return dt.datetime.fromtimestamp(time_ns / 1e9, tz=dt.UTC)
 
 
 def _identity(file: IO[bytes]) -> tuple[int, int]:
@@ -339,11 +503,3 @@ def _touch(path: Path) -> None:
     now = time.time_ns()
     with contextlib.suppress(OSError):  # a file of another user, or a read-only volume
         os.utime(path, ns=(now, now))
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BackendUnavailable(_BACKEND, error.strerror or type(error).__name__) from error

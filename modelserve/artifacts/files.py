@@ -15,7 +15,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Final
 
@@ -189,40 +189,56 @@ def claim(path: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def turn(folder: Path, name: str, patience_s: float) -> Iterator[None]:
-    """Let one process after the other in, as far as locks work, but keep nobody waiting for longer than that."""
+def turn(
+    folder: Path, name: str, patience_s: float, waiting: Callable[[], None] | None = None
+) -> Iterator[Callable[[], None]]:
+    """Let one process after the other in, as far as locks work, and give it the means to show that it gets on.
+
+    Who waits goes in all the same when nothing was shown for ``patience_s``, or ``waiting``, called meanwhile, raises.
+    """
     _make_folder(folder)
     path = folder / f".{name}{_TURN}"
-    with path.open("ab") as file, _alone(file.fileno(), patience_s):
+    with path.open("ab") as file, _alone(file.fileno(), patience_s, waiting):
         try:
-            yield
+            yield lambda: os.utime(file.fileno())
         finally:
             path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _alone(descriptor: int, patience_s: float = 0.0) -> Iterator[bool]:
+def _alone(descriptor: int, patience_s: float = 0.0, waiting: Callable[[], None] | None = None) -> Iterator[bool]:
     """Lock exclusively. Closing would not unlock what a fork copied meanwhile, so that is said in so many words."""
     try:
-        yield _lock(descriptor, fcntl.LOCK_EX, patience_s)
+        yield _lock(descriptor, fcntl.LOCK_EX, patience_s, waiting)
     finally:
         _lock(descriptor, fcntl.LOCK_UN)
 
 
-def _lock(descriptor: int, operation: int, patience_s: float = 0.0) -> bool:
-    """Return whether the lock was to be had in time. Where the filesystem has no locks, they are always to be had."""
-    deadline = time.monotonic() + patience_s
+def _lock(descriptor: int, operation: int, patience_s: float = 0.0, waiting: Callable[[], None] | None = None) -> bool:
+    """Return whether the lock was to be had in time. Where the filesystem has no locks, they are always to be had.
+
+    Time counts from the last sign of life: the last change of the file's times.
+    """
+    seen, deadline = _life(descriptor), time.monotonic() + patience_s
     while True:
         try:
             fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except BlockingIOError:
+            if _life(descriptor) != seen:
+                seen, deadline = _life(descriptor), time.monotonic() + patience_s
             if time.monotonic() >= deadline:
                 return False
+            if waiting is not None:
+                waiting()
             time.sleep(_POLL_S)
         except OSError:
             return True
         else:
             return True
+
+
+def _life(descriptor: int) -> int:
+    return os.fstat(descriptor).st_mtime_ns
 
 
 # -- litter ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 from collections.abc import Generator, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -18,12 +19,14 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from modelserve import plugins
-from modelserve.artifacts import blob, files
+from modelserve.artifacts import blob, files, transfer
 from modelserve.errors import BackendUnavailable, ConfigError, InvalidInput, LoadFailed, ModelServeError
+from modelserve.ports import Interrupted, ObjectChanged, OpenObject
 from modelserve.types import Artifact
 
 _BACKEND: Final = "artifact store"
 _S3: Final = ("s3", "s3a")
+_DRIVER_RETRIES: Final = 1  # of s3fs, which would multiply those of its client: five requests at most for one write
 _BLOCK: Final = 4 * 1024 * 1024
 _S3_UPLOAD: Final = {"chunksize": 16 * 1024 * 1024, "max_concurrency": 4}  # else the driver holds 500 MB in memory
 _NO_SUCH_KEY: Final = blob.blob_key("0" * 64)
@@ -63,16 +66,17 @@ class ArtifactStore:
         self._put_data(data, blob.blob_key(sha256))
         return Artifact(key=blob.blob_key(sha256), sha256=sha256, size=size, format=format)
 
-    def read(self, key: str) -> Generator[bytes, None, None]:
+    def read(self, key: str, effort: transfer.Effort | None = None) -> Generator[bytes, None, None]:
         """Read an object piece by piece. The bytes are not to be believed before their digest was checked.
 
-        Raises ``LoadFailed`` when there is no such object.
+        A connection that breaks is replaced and goes on where it broke, for as long as ``effort`` allows. Raises
+        ``LoadFailed`` when there is no such object, and ``ArtifactCorrupt`` when it was replaced while it was read.
         """
         blob.digest_in(key)
+        attempt = partial(self._attempt, key)
         with _translated(key):
             try:
-                with self._stream(f"{self._root}/{key}") as stream:
-                    yield from files.chunks(stream)
+                yield from transfer.whole(attempt, key, effort or transfer.Effort())
             except FileNotFoundError as error:
                 raise LoadFailed(f"the artifact store has no {key}") from error
 
@@ -91,8 +95,12 @@ class ArtifactStore:
 
     def close(self) -> None:
         """Close the connections of this process. Safe to call twice; later use opens new ones."""
+        if self._pid != os.getpid():
+            return
+        if self._reader is not None:
+            self._reader.close()
         client = getattr(self._fs, "_s3", None)  # asking politely, by the property, would connect
-        if client is not None and self._pid == os.getpid():
+        if client is not None:
             self._fs.close_session(self._fs.loop, client)
             self._open()
 
@@ -151,6 +159,9 @@ class ArtifactStore:
             self._fs, root = url_to_fs(self._url, skip_instance_cache=True, **self._options)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"artifacts: no fsspec driver serves {scheme}:// here") from error
+        self._reader = plugins.object_reader(scheme, self._options)
+        if scheme in _S3:
+            self._fs.retries = _DRIVER_RETRIES
         self._root = root.rstrip("/")
         self._folder = Path(root) if isinstance(self._fs, LocalFileSystem) else None
         self._pid = os.getpid()
@@ -158,16 +169,50 @@ class ArtifactStore:
     def _filesystem(self) -> Any:
         """Return a filesystem that this process opened. The parent's is kept: its sockets are not ours to close."""
         if self._pid != os.getpid():
-            self._inherited = self._fs
+            self._inherited = (self._fs, self._reader)
             self._open()
         return self._fs
 
-    def _stream(self, path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    @contextlib.contextmanager
+    def _attempt(self, key: str, start: int, tag: str | None) -> Iterator[OpenObject]:
+        """Open an object once, from a byte on, as :class:`modelserve.ports.ObjectReader` says."""
+        path = f"{self._root}/{key}"
         fs = self._filesystem()
+        if self._reader is not None:
+            with self._reader.open(path, start, tag) as opened:
+                yield opened
+            return
+        with _passing(), self._stream(fs, path) as stream:
+            size, found = _identity(stream)
+            stream.seek(start)
+            yield OpenObject(found, size, files.chunks(stream))
+
+    @staticmethod
+    def _stream(fs: Any, path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
         if isinstance(fs, MemoryFileSystem):  # its open files are one object with one position
             return io.BytesIO(fs.cat_file(path))
         stream: contextlib.AbstractContextManager[IO[bytes]] = fs.open(path, "rb", block_size=_BLOCK)
         return stream
+
+
+def _identity(stream: Any) -> tuple[int | None, str | None]:
+    """Return how large an open file is, and what tells it from another under its name; None for what is unknown."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, AttributeError):  # not a file of this machine
+        return getattr(stream, "size", None), None
+    return status.st_size, f"{status.st_dev}-{status.st_ino}-{status.st_mtime_ns}"
+
+
+@contextlib.contextmanager
+def _passing() -> Iterator[None]:
+    """Take for passing what a driver does not say to be final: few attempts cost little where that is wrong."""
+    try:
+        yield
+    except (ModelServeError, Interrupted, ObjectChanged, FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        raise Interrupted(type(error).__name__) from error
 
 
 @contextlib.contextmanager

@@ -11,11 +11,17 @@ from typing import TypeAlias
 
 import pytest
 
-from modelserve.artifacts import ArtifactStore
+from modelserve.artifacts import ArtifactStore, transfer
 from modelserve.types import Artifact
 from tests.artifacts.stores import CountingStore
 
 Start: TypeAlias = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pauses between the attempts of a download take no time."""
+    monkeypatch.setattr(transfer, "_FIRST_PAUSE_S", 0.0)
 
 
 @pytest.fixture

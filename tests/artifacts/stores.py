@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 from modelserve.artifacts import ArtifactStore
-from modelserve.errors import BackendUnavailable
+from modelserve.ports import Interrupted, ObjectChanged, OpenObject
 
 
 class CountingStore(ArtifactStore):
-    """Counts what is read."""
+    """Counts what is read: the keys, and where each attempt began."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.reads: list[str] = []
+        self.starts: list[int] = []
 
-    def read(self, key: str) -> Generator[bytes, None, None]:
+    @contextlib.contextmanager
+    def _attempt(self, key: str, start: int, tag: str | None) -> Iterator[OpenObject]:
         self.reads.append(key)
-        return super().read(key)
+        self.starts.append(start)
+        with super()._attempt(key, start, tag) as opened:
+            yield opened
 
 
 class FlakyStore(CountingStore):
-    """Does something else than it should for the first ``times`` reads."""
+    """Does something else than it should for the first ``times`` attempts."""
 
     def __init__(self, url: str, fault: str, times: int) -> None:
         super().__init__(url)
         self._fault = fault
         self._times = times
 
-    def read(self, key: str) -> Generator[bytes, None, None]:
-        pieces = super().read(key)
-        return pieces if len(self.reads) > self._times else self._broken(b"".join(pieces))
+    @contextlib.contextmanager
+    def _attempt(self, key: str, start: int, tag: str | None) -> Iterator[OpenObject]:
+        with super()._attempt(key, start, tag) as opened:
+            if len(self.reads) > self._times:
+                yield opened
+            elif self._fault == "is replaced":
+                raise ObjectChanged
+            else:
+                yield opened._replace(pieces=self._broken(b"".join(opened.pieces)))
 
     def _broken(self, data: bytes) -> Generator[bytes, None, None]:
         half = len(data) // 2
@@ -43,9 +54,11 @@ class FlakyStore(CountingStore):
                 return
             case "breaks off":
                 yield data[:half]
-                raise BackendUnavailable("artifact store", "the connection was reset")
+                raise Interrupted("the connection was reset")
             case "does not answer":
-                raise BackendUnavailable("artifact store", "no route")
+                raise Interrupted("no route")
+            case "refuses":
+                raise PermissionError
             case "flips a bit":
                 yield data[:half]
                 yield bytes([data[half] ^ 1]) + data[half + 1 :]
@@ -61,8 +74,12 @@ class WaitingStore(CountingStore):
         self.is_half_way = threading.Event()
         self.may_go_on = threading.Event()
 
-    def read(self, key: str) -> Generator[bytes, None, None]:
-        data = b"".join(super().read(key))
+    @contextlib.contextmanager
+    def _attempt(self, key: str, start: int, tag: str | None) -> Iterator[OpenObject]:
+        with super()._attempt(key, start, tag) as opened:
+            yield opened._replace(pieces=self._halves(b"".join(opened.pieces)))
+
+    def _halves(self, data: bytes) -> Generator[bytes, None, None]:
         yield data[: len(data) // 2]
         self.is_half_way.set()
         assert self.may_go_on.wait(30)

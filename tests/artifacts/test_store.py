@@ -268,7 +268,7 @@ def test_a_bucket_that_is_not_there_is_unavailable(s3_artifacts_url: servers.S3A
     ],
 )
 def test_what_a_driver_says_stays_in_the_cause(
-    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, raised: Exception, said: str
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, no_pauses: None, raised: Exception, said: str
 ) -> None:
     """Drivers put hosts and keys into their messages; ours have neither."""
 

@@ -11,6 +11,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from modelserve.artifacts import ArtifactStore, DiskCache, disk_cache
+from modelserve.artifacts.transfer import Effort
 from modelserve.types import Artifact
 from tests.artifacts.stores import WaitingStore
 
@@ -18,8 +19,8 @@ from tests.artifacts.stores import WaitingStore
 class ReportingStore(ArtifactStore):
     """In the middle of a download, tells a pipe who is there and waits for a line."""
 
-    def read(self, key: str) -> Generator[bytes, None, None]:
-        data = b"".join(super().read(key))
+    def read(self, key: str, effort: Effort | None = None) -> Generator[bytes, None, None]:
+        data = b"".join(super().read(key, effort))
         yield data[: len(data) // 2]
         os.write(int(sys.argv[6]), f"{os.getpid()}\n".encode())
         sys.stdin.readline()
