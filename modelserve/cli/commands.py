@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 import modelserve
-from modelserve.cli.printing import encode, moment, pairs, printable, show, told
+from modelserve.cli.caching import cache
+from modelserve.cli.printing import AsJson, encode, moment, pairs, printable, show, told
 from modelserve.cli.reading import metrics_of, read_table, rows_of, tags_of
 from modelserve.config import ModelOptions, Settings
 from modelserve.errors import InvalidInput
@@ -22,9 +23,9 @@ from modelserve.types import DeploymentState, Json, ModelVersion
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 database = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the registry's database.")
 app.add_typer(database, name="db")
+app.add_typer(cache, name="cache")
 
 Reason = Annotated[str, typer.Option(help="Why, for the history.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _print_version(asked: bool) -> None:  # noqa: FBT001  # called by typer
@@ -255,7 +256,13 @@ def predict(
         registry.version = version
         registry.production(name)  # what does not exist is told before anything is loaded
         served = {name: (settings.models or {}).get(name, ModelOptions())}
-        with ModelServer(registry, served, cache_dir=settings.cache_dir, cache_bytes=settings.cache_bytes) as server:
+        with ModelServer(
+            registry,
+            served,
+            cache_dir=settings.cache_dir,
+            cache_bytes=settings.cache_bytes,
+            download_limit_s=settings.download_limit_s,
+        ) as server:
             typer.echo(encode(_answer(server, name, rows)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import orjson
 import typer
@@ -15,6 +15,8 @@ from rich.text import Text
 
 from modelserve.errors import InferenceFailed, ModelServeError
 from modelserve.types import Json
+
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def told(command: Callable[..., None]) -> Callable[..., None]:

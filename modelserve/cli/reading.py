@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +17,16 @@ from modelserve import plugins
 from modelserve.errors import ConfigError, InvalidInput
 from modelserve.signature import columns_of
 from modelserve.types import Json
+
+_SIZE: Final = re.compile(r"(\d[\d_]*(?:\.\d+)?) ?((?:[kKMGT]i?)?B?)")
+_UNITS: Final = {
+    prefix + infix + "B" * with_b: (1024 if infix else 1000) ** power
+    for power, prefix in enumerate(["", "K", "M", "G", "T"])
+    for infix in (["", "I"] if prefix else [""])
+    for with_b in (True, False)
+}
+_TIME: Final = re.compile(r"(\d{1,9}(?:\.\d+)?) ?([smhd])")
+_TIMES: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 # -- options -----------------------------------------------------------------------------------------------
 
@@ -42,6 +54,25 @@ def json_option(text: str, option: str) -> Json:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise typer.BadParameter(f"not JSON: {error}", param_hint=option) from error
+
+
+def bytes_of(text: str, option: str) -> int:
+    """Read a number of bytes, with a unit (``20GB``, ``512MiB``) or without."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no size such as 20GB, 512MiB or 1000000", param_hint=option)
+    return int(float(found[1].replace("_", "")) * _UNITS[found[2].upper()])
+
+
+def duration_of(text: str, option: str) -> dt.timedelta:
+    """Read a time: ``30d``, ``12h``, ``90m`` or ``45s``."""
+    found = _TIME.fullmatch(text.strip())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no time such as 30d, 12h, 90m or 45s", param_hint=option)
+    try:
+        return dt.timedelta(**{_TIMES[found[2]]: float(found[1])})
+    except OverflowError as error:
+        raise typer.BadParameter(f"{text!r} is too long", param_hint=option) from error
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:
