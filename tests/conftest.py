@@ -8,6 +8,7 @@ import pytest
 from blockbuster import blockbuster_ctx
 
 from tests import servers
+from tests.faulty_s3 import FaultyS3, behind_a_proxy
 
 _MARK_OF_FIXTURE = {"postgres_server": "postgres", "s3_server": "aws"}
 
@@ -51,6 +52,13 @@ def s3_server() -> Iterator[str]:
 def s3_artifacts_url(s3_server: str) -> servers.S3Artifacts:
     """An artifact root in a fresh bucket."""
     return servers.create_bucket(s3_server)
+
+
+@pytest.fixture
+def faulty_s3(s3_server: str) -> Iterator[FaultyS3]:
+    """A proxy in front of the S3 server, with an artifact root in a fresh bucket behind it."""
+    with behind_a_proxy(servers.create_bucket(s3_server), s3_server) as faulty:
+        yield faulty
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def whole(open_: Open, key: str, effort: Effort) -> Generator[bytes, None, None]
     digest was checked.
     """
     got, tag, size, failures = 0, None, None, 0
-    while failures == 0 or size is None or got < size:
+    while True:
         before = got
         try:
             with open_(got, tag) as opened:
@@ -96,6 +96,8 @@ def whole(open_: Open, key: str, effort: Effort) -> Generator[bytes, None, None]
         except ObjectChanged as error:
             raise _replaced(key) from error
         except Interrupted as error:
+            if got == size:  # all of it was there when the connection broke
+                return
             failures = 1 if got - before >= _FRUIT else failures + 1
             if failures >= _FRUITLESS:
                 raise BackendUnavailable(_BACKEND, f"{error} on {key}, {failures} times in a row") from error.__cause__

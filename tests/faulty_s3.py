@@ -13,7 +13,10 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any, Final
 
+from tests import servers
+
 FOREVER: Final = 10**9
+STALL_S: Final = 0.5
 _PIECE: Final = 64 * 1024
 _REFUSALS: Final = {
     "403": (403, "AccessDenied"),
@@ -35,8 +38,12 @@ class FaultyS3:
     ``flipped`` (one bit is another), ``stalled`` (nothing more arrives), ``no ranges`` (they are ignored).
     """
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, artifacts: servers.S3Artifacts, behind: servers.S3Artifacts) -> None:
         self.upstream = urllib.parse.urlsplit(upstream)
+        self.artifacts = artifacts
+        """The artifact root as it is reached through the proxy; one on which nothing arrives for ``STALL_S`` breaks."""
+        self.behind = behind
+        """The same root without the proxy."""
         self.gets: list[str] = []
         """For each GET of an object, the range it asked for: ``""`` for the whole."""
         self.requests = 0
@@ -162,15 +169,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def faulty_s3(upstream: str) -> Iterator[tuple[FaultyS3, str]]:
-    """Run a proxy; give it and its endpoint."""
-    faulty = FaultyS3(upstream)
+def behind_a_proxy(artifacts: servers.S3Artifacts, upstream: str) -> Iterator[FaultyS3]:
+    """Run a proxy in front of an S3 server, and give what steers it."""
     with _Server(("127.0.0.1", 0), _Handler) as server:
-        server.faulty = faulty
+        location = {**artifacts.storage_options["client_kwargs"], "endpoint_url": f"http://127.0.0.1:{server.server_port}"}
+        options = {**artifacts.storage_options, "client_kwargs": location, "config_kwargs": {"read_timeout": STALL_S}}
+        faulty = server.faulty = FaultyS3(upstream, servers.S3Artifacts(artifacts.url, options), artifacts)
         serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         serving.start()
         try:
-            yield faulty, f"http://127.0.0.1:{server.server_port}"
+            yield faulty
         finally:
             faulty.ended.set()
             server.shutdown()
