@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from blockbuster import blockbuster_ctx
 
+from modelserve.artifacts import transfer
 from tests import servers
 from tests.faulty_s3 import FaultyS3, behind_a_proxy
 
@@ -59,6 +60,12 @@ def faulty_s3(s3_server: str) -> Iterator[FaultyS3]:
     """A proxy in front of the S3 server, with an artifact root in a fresh bucket behind it."""
     with behind_a_proxy(servers.create_bucket(s3_server), s3_server) as faulty:
         yield faulty
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pauses between the attempts of a download take no time."""
+    monkeypatch.setattr(transfer, "_FIRST_PAUSE_S", 0.0)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from tests import servers
@@ -27,6 +27,10 @@ _REFUSALS: Final = {
     "ExpiredToken": (400, "ExpiredToken"),
     "no bucket": (404, "NoSuchBucket"),
 }
+
+
+def _nothing() -> None:
+    """Let nothing happen elsewhere."""
 
 
 class FaultyS3:
@@ -47,6 +51,9 @@ class FaultyS3:
         self.gets: list[str] = []
         """For each GET of an object, the range it asked for: ``""`` for the whole."""
         self.requests = 0
+        self.before_refusal: Callable[[], object] = _nothing
+        self.before_break: Callable[[], object] = _nothing
+        """What happens elsewhere just before a request is refused, or a body breaks off."""
         self.sent = 0
         self.seen = threading.Event()
         """Set when the fault was done once."""
@@ -97,6 +104,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = faulty.fault_of(self.command, self.path, self.headers.get("Range", ""))
         if fault in _REFUSALS:
+            faulty.before_refusal()
             self._refuse(*_REFUSALS[fault])
             return
         headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
@@ -158,6 +166,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _break_off(self, fault: str) -> None:
         self.close_connection = fault != "short"
+        self.server.faulty.before_break()
         if fault == "stalled":
             self.server.faulty.ended.wait(60)
         elif fault == "reset":

@@ -11,17 +11,11 @@ from typing import TypeAlias
 
 import pytest
 
-from modelserve.artifacts import ArtifactStore, transfer
+from modelserve.artifacts import ArtifactStore
 from modelserve.types import Artifact
 from tests.artifacts.stores import CountingStore
 
 Start: TypeAlias = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the pauses between the attempts of a download take no time."""
-    monkeypatch.setattr(transfer, "_FIRST_PAUSE_S", 0.0)
 
 
 @pytest.fixture
@@ -48,9 +42,9 @@ def start(root: str, folder: Path) -> Iterator[Start]:
     with contextlib.ExitStack() as running:
 
         def start(
-            task: str, artifact: Artifact, *arguments: str, pass_fds: tuple[int, ...] = ()
+            task: str, artifact: Artifact, *arguments: str, pass_fds: tuple[int, ...] = (), url: str = root
         ) -> subprocess.Popen[str]:
-            command = [sys.executable, "-m", "tests.artifacts.worker", task, root, str(folder)]
+            command = [sys.executable, "-m", "tests.artifacts.worker", task, url, str(folder)]
             process = running.enter_context(
                 subprocess.Popen(
                     [*command, artifact.key, str(artifact.size), *arguments],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import fcntl
 import http.server
+import json
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from modelserve.types import Artifact
 from tests import servers
 from tests.artifacts.conftest import Start, flip, model_folder, put
 from tests.artifacts.stores import CountingStore, FlakyStore, WaitingStore
+from tests.faulty_s3 import FaultyS3
 
 
 def read(cache: DiskCache, store: ArtifactStore, artifact: Artifact) -> bytes:
@@ -457,6 +459,53 @@ def test_processes_killed_in_a_download_leave_nothing_behind(
     assert on_disk(folder) == {artifact.sha256}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)  # sixteen interpreters and drivers have to start
+@pytest.mark.promise("P6")
+@pytest.mark.parametrize("locks", ["with locks", "without locks"])
+def test_sixteen_processes_killed_by_half_start_cold_from_s3(
+    faulty_s3: FaultyS3, folder: Path, start: Start, locks: str
+) -> None:
+    """Whoever survives has the artifact; with locks the store is asked once more for each that died while it fetched."""
+    store = ArtifactStore(faulty_s3.artifacts.url, **faulty_s3.artifacts.storage_options)
+    artifact = put(store, os.urandom(8_000_000))
+    store.close()
+    options = json.dumps(dict(faulty_s3.artifacts.storage_options) | {"config_kwargs": {}})
+    running = [start("cold-start", artifact, options, locks, url=faulty_s3.artifacts.url) for _ in range(16)]
+    for process in running:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    faulty_s3.do("stalled", times=1 if locks == "with locks" else 16, after=2_000_000)
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert faulty_s3.seen.wait(30)
+    writers = {int(path.name.split("-")[-2]) for path in _drafts_of(folder, 1 if locks == "with locks" else 8)}
+    victims = sorted(running, key=lambda each: each.pid not in writers)[:8]
+    for process in victims:
+        process.kill()
+        process.communicate()
+    faulty_s3.heal()
+    faulty_s3.ended.set()
+    survivors = [process for process in running if process not in victims]
+    answers = [process.communicate(timeout=120)[0] for process in survivors]
+    print(f"{locks}: {len(faulty_s3.gets)} GETs, {faulty_s3.sent / artifact.size:.1f} times its bytes")
+    assert answers == [f"{artifact.sha256}\n"] * 8
+    assert len(faulty_s3.gets) <= (3 if locks == "with locks" else 32)
+    DiskCache(folder)
+    assert litter(folder) == []
+    assert on_disk(folder) == {artifact.sha256}
+
+
+def _drafts_of(folder: Path, count: int) -> list[Path]:
+    """Wait until so many processes have begun to write."""
+    until = time.monotonic() + 30
+    while len(found := list((folder / "temp").glob(".*.draft"))) < count and time.monotonic() < until:
+        threading.Event().wait(0.02)
+    return found
+
+
 def test_processes_download_one_after_the_other(
     root: str, store: CountingStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -651,6 +700,143 @@ def test_a_full_disk_is_told_as_such(store: CountingStore, folder: Path, monkeyp
     assert litter(folder) == []
     assert len(store.reads) == 1
     assert read(cache, store, artifact) == b"hello"
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, total: int, folder: Path) -> None:
+    """Let the cache lie on a disk of so many bytes, on which there is nothing else."""
+
+    def usage(_: Path) -> object:
+        used = sum(path.stat().st_size for kind in ("blobs", "manifests") for path in (folder / kind).rglob("?" * 64))
+        return shutil._ntuple_diskusage(total, used, total - used)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+
+def test_what_does_not_fit_is_not_begun(store: CountingStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says how many bytes are missing and what to do; the store is not asked, and nothing else goes."""
+    cache, first, second = DiskCache(folder), put(store, b"a" * 60), put(store, b"b" * 70)
+    with_free(monkeypatch, 100, folder)
+    read(cache, store, first)
+    with pytest.raises(BackendUnavailable, match=r"takes 70 bytes, which is 30 more than .* `modelserve cache prune`"):
+        cache.fetch(store, second)
+    assert store.reads == [first.key]
+    assert on_disk(folder) == {first.sha256}
+
+
+def test_a_bounded_cache_makes_room(store: CountingStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be evicted is, as far as needed; what is in use stays, and then the error says so."""
+    cache = DiskCache(folder, max_bytes=1000)
+    oldest, newer, leased, large = (put(store, letter * 30) for letter in (b"a", b"b", b"c", b"d"))
+    for artifact in (oldest, newer):
+        read(cache, store, artifact)
+    with_free(monkeypatch, 100, folder)
+    with cache.fetch(store, leased):
+        assert read(cache, store, large) == b"d" * 30
+        assert on_disk(folder) == {newer.sha256, leased.sha256, large.sha256}
+        with pytest.raises(BackendUnavailable, match="10 more than the disk has free"):
+            cache.fetch(store, put(store, b"e" * 80))
+        assert leased.sha256 in on_disk(folder)
+
+
+def test_a_folder_that_does_not_fit_is_not_begun(
+    store: CountingStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All the files that are missing count together, before the first of them is fetched."""
+    artifact = store.put(model_folder(tmp_path), format="a")
+    with_free(monkeypatch, 7100, folder)
+    with pytest.raises(BackendUnavailable, match=f"{artifact.key} takes 7005 bytes"):
+        DiskCache(folder).fetch(store, artifact)
+    assert store.reads == [artifact.key]
+
+
+# -- looking after it --------------------------------------------------------------------------------------
+
+
+def test_what_lies_there_is_listed(store: CountingStore, folder: Path, tmp_path: Path) -> None:
+    """Files, folders and what was set aside, with their sizes; a part of a leased folder is in use."""
+    cache = DiskCache(folder)
+    file, model = put(store, b"hello"), store.put(model_folder(tmp_path), format="a")
+    read(cache, store, file)
+    flip(folder / file.key)
+    read(DiskCache(folder), store, file)
+    with cache.fetch(store, model):
+        found = {each.key: each for each in DiskCache(folder).entries()}
+        graph = found[f"blobs/sha256/{files.digest_of([b'graph'])[0]}"]
+        assert (graph.kind, graph.size, graph.in_use) == ("file", 5, True)
+        assert (found[model.key].kind, found[model.key].in_use) == ("folder", True)
+        assert graph.key in found[model.key].parts
+        assert not found[file.key].in_use
+        assert [each.kind for each in found.values()].count("quarantined") == 1
+    assert not any(each.in_use for each in cache.entries())
+
+
+def test_pruning_takes_what_is_not_in_use(store: CountingStore, folder: Path, tmp_path: Path) -> None:
+    """A dry run only tells; the real one leaves what is leased, and a cache that still works."""
+    cache = DiskCache(folder)
+    leased, idle, model = put(store, b"leased"), put(store, b"idle"), store.put(model_folder(tmp_path), format="a")
+    with cache.fetch(store, leased):
+        for artifact in (idle, model):
+            cache.fetch(store, artifact).release()
+        planned = DiskCache(folder).prune(dry_run=True)
+        assert len(on_disk(folder)) == 6
+        assert DiskCache(folder).prune() == planned
+        assert on_disk(folder) == {leased.sha256}
+        assert not list((folder / "trees" / "sha256").iterdir())
+    with cache.fetch(store, model) as lease:
+        assert len(tree(lease.path)) == 3
+
+
+@pytest.mark.promise("P6")
+@pytest.mark.parametrize("damage", ["blob", "manifest", "tree", "planted"])
+def test_verifying_takes_out_what_is_damaged(store: CountingStore, folder: Path, tmp_path: Path, damage: str) -> None:
+    """A flipped bit, wherever it is, is found; its file is set aside, and a folder made of it is gone."""
+    cache = DiskCache(folder)
+    file, model = put(store, b"hello"), store.put(model_folder(tmp_path), format="a")
+    read(cache, store, file)
+    with cache.fetch(store, model) as lease:
+        target = lease.path / "variables" / "data"
+    assert all(each.sound for each in cache.verify())
+    assert {each.key for each in cache.verify()} > {file.key, model.key, f"trees/sha256/{model.sha256}"}
+    if damage == "tree":
+        target.unlink()
+        target.write_bytes(b"weights" * 1000)
+    if damage == "planted":
+        (lease.path / "planted.py").touch()
+    else:
+        flip(folder / model.key if damage == "manifest" else target)
+    bad = {each.key for each in cache.verify() if not each.sound}
+    assert f"trees/sha256/{model.sha256}" in bad
+    assert file.key not in bad
+    assert not lease.path.exists()
+    assert len(list((folder / "quarantine").glob("*"))) == (damage in {"blob", "manifest"})
+    assert all(each.sound for each in cache.verify())
+    with cache.fetch(store, model) as again:
+        assert tree(again.path) == tree(tmp_path / "model")
+
+
+def test_who_gets_on_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience counts from the last sign of life, and ends when what waits has no time left."""
+    clock, beats = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with files.turn(folder, "x", 10.0) as get_on:
+
+        def pass_time(_: float) -> None:
+            clock[0] += 9.0
+            if len(beats) < 5:
+                beats.append(clock[0])
+                get_on()
+
+        monkeypatch.setattr(time, "sleep", pass_time)
+        with files.turn(folder, "x", 10.0):
+            assert clock[0] == 63.0
+
+        def no_time() -> None:
+            raise BackendUnavailable("artifact store", "no time")
+
+        with pytest.raises(BackendUnavailable, match="no time"), files.turn(folder, "y", 10.0), files.turn(
+            folder, "y", 10.0, no_time
+        ):
+            pytest.fail("it came in")
 
 
 def test_a_folder_that_cannot_be_made_is_told_as_such(tmp_path: Path) -> None:
