@@ -36,7 +36,7 @@ def _nothing() -> None:
 class FaultyS3:
     """What the proxy is to do, and what it saw.
 
-    ``fault`` is done to the next ``times`` requests for objects, and where it is done to a body, ``after`` so many bytes:
+    ``fault`` is done to the next ``times`` requests for objects, and to a body ``after`` so many bytes:
     a refusal (``403``, ``404``, ``400``, ``500``, ``503``, ``ExpiredToken``, ``no bucket``), ``reset`` (the connection
     is reset in the middle), ``truncated`` (it is closed there, in all politeness), ``short`` (the headers lie too),
     ``flipped`` (one bit is another), ``stalled`` (nothing more arrives), ``no ranges`` (they are ignored).
@@ -181,7 +181,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def behind_a_proxy(artifacts: servers.S3Artifacts, upstream: str) -> Iterator[FaultyS3]:
     """Run a proxy in front of an S3 server, and give what steers it."""
     with _Server(("127.0.0.1", 0), _Handler) as server:
-        location = {**artifacts.storage_options["client_kwargs"], "endpoint_url": f"http://127.0.0.1:{server.server_port}"}
+        location = {
+            **artifacts.storage_options["client_kwargs"],
+            "endpoint_url": f"http://127.0.0.1:{server.server_port}",
+        }
         options = {**artifacts.storage_options, "client_kwargs": location, "config_kwargs": {"read_timeout": STALL_S}}
         faulty = server.faulty = FaultyS3(upstream, servers.S3Artifacts(artifacts.url, options), artifacts)
         serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import pty
@@ -25,7 +26,7 @@ from typer.testing import CliRunner, Result
 import modelserve
 from modelserve import plugins
 from modelserve.cli.commands import app
-from modelserve.cli.reading import rows_of
+from modelserve.cli.reading import bytes_of, duration_of, rows_of
 
 ROOT = Path(modelserve.__file__).parents[1]
 ROWS = pd.DataFrame({"tenure": [1, 5, 40, 60], "spend": [0.5, 1.5, 2.5, 3.5]})
@@ -520,3 +521,79 @@ def test_the_installed_command_is_this_one() -> None:
     """The entry point that the package declares exists."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert plugins.resolve(project["scripts"]["modelserve"]).__name__ == "run"
+
+
+# -- the disk cache ----------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_listed_with_the_versions_that_refer_to_it(churn: Invoke, settled: Path) -> None:
+    """The model and its example are named by the version that has them; as JSON, too."""
+    answer_of(churn("predict", "churn", "--inputs", YOUNG))
+    lines = stripped(table_of(churn("cache", "ls")))
+    assert lines[0] == ["key", "kind", "bytes", "last use", "in use", "versions"]
+    assert {tuple(line[i] for i in (1, 4)) for line in lines[1:]} == {("file", "no")}
+    assert any("churn 1" in line[5] for line in lines[1:])
+    found = json.loads(churn("cache", "ls", "--json").stdout)
+    assert {frozenset(each) for each in found} == {frozenset({"key", "kind", "size", "last_use", "in_use", "versions"})}
+    assert any("churn 1" in each["versions"] for each in found)
+
+
+def test_a_cache_is_listed_without_a_registry(invoke: Invoke, churn: Invoke, settled: Path) -> None:
+    """What cannot be known is not claimed, and looking makes no database."""
+    answer_of(churn("predict", "churn", "--inputs", YOUNG))
+    (settled / "models.db").unlink()
+    assert {each["versions"] for each in json.loads(invoke("cache", "ls", "--json").stdout)} == {None}
+    assert stripped(table_of(invoke("cache", "ls")))[1][5] == "?"
+    assert not (settled / "models.db").exists()
+
+
+def test_the_cache_is_pruned(churn: Invoke, settled: Path) -> None:
+    """A dry run and the real one print the same; what is younger, or fits, stays."""
+    answer_of(churn("predict", "churn", "--inputs", YOUNG))
+    assert json.loads(churn("cache", "prune", "--older-than", "30d", "--json").stdout) == []
+    assert json.loads(churn("cache", "prune", "--max-bytes", "1GiB", "--json").stdout) == []
+    planned = churn("cache", "prune", "--dry-run", "--json").stdout
+    assert len(json.loads(planned)) > 0
+    assert churn("cache", "prune", "--json").stdout == planned
+    assert json.loads(churn("cache", "ls", "--json").stdout) == []
+
+
+def test_damage_in_the_cache_is_told_by_the_exit_code(churn: Invoke, settled: Path) -> None:
+    """All sound is 0; one flipped bit is 1, and once it is set aside 0 again."""
+    answer_of(churn("predict", "churn", "--inputs", YOUNG))
+    assert churn("cache", "verify").exit_code == 0
+    victim = next((settled / "cache" / "blobs" / "sha256").iterdir())
+    data = bytearray(victim.read_bytes())
+    data[0] ^= 1
+    victim.chmod(0o644)
+    victim.write_bytes(data)
+    told = churn("cache", "verify", "--json")
+    assert told.exit_code == 1
+    bad = [each["key"] for each in json.loads(told.stdout) if not each["sound"]]
+    assert bad == [f"blobs/sha256/{victim.name}"]
+    assert churn("cache", "verify").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1000", 1000), ("20GB", 20 * 10**9), ("512MiB", 2**29), ("0.5k", 500), ("1_000B", 1000), ("2 TB", 2 * 10**12)],
+)
+def test_sizes_have_units(text: str, expected: int) -> None:
+    """Decimal units and binary ones."""
+    assert bytes_of(text, "--max-bytes") == expected
+
+
+@pytest.mark.parametrize(("text", "hours"), [("30d", 720), ("12h", 12), ("90m", 1.5), ("36 s", 0.01)])
+def test_times_have_units(text: str, hours: float) -> None:
+    """Days to seconds."""
+    assert duration_of(text, "--older-than") == dt.timedelta(hours=hours)
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1XB", "1e3", "iB", "30", "999999999d9"])
+def test_what_is_no_size_or_time_is_wrong_usage(invoke: Invoke, text: str) -> None:
+    """The message shows what is meant."""
+    wrong = invoke("cache", "prune", "--older-than", text)
+    assert wrong.exit_code == 2
+    assert "30d" in wrong.stderr
+    if text != "30":
+        assert invoke("cache", "prune", "--max-bytes", text).exit_code == 2

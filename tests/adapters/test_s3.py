@@ -1,4 +1,4 @@
-"""S3 behind a proxy that misbehaves: what is tried again, what is not, how often, and that no wrong byte gets through."""
+"""S3 behind a proxy that misbehaves: what is tried again, how often, and that no wrong byte gets through."""
 
 from __future__ import annotations
 

@@ -466,7 +466,7 @@ def test_processes_killed_in_a_download_leave_nothing_behind(
 def test_sixteen_processes_killed_by_half_start_cold_from_s3(
     faulty_s3: FaultyS3, folder: Path, start: Start, locks: str
 ) -> None:
-    """Whoever survives has the artifact; with locks the store is asked once more for each that died while it fetched."""
+    """Whoever survives has the artifact; with locks the store is asked once more for each that died fetching."""
     store = ArtifactStore(faulty_s3.artifacts.url, **faulty_s3.artifacts.storage_options)
     artifact = put(store, os.urandom(8_000_000))
     store.close()
@@ -707,7 +707,7 @@ def with_free(monkeypatch: pytest.MonkeyPatch, total: int, folder: Path) -> None
 
     def usage(_: Path) -> object:
         used = sum(path.stat().st_size for kind in ("blobs", "manifests") for path in (folder / kind).rglob("?" * 64))
-        return shutil._ntuple_diskusage(total, used, total - used)  # type: ignore[attr-defined]
+        return shutil._ntuple_diskusage(total, used, total - used)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
 
@@ -816,7 +816,7 @@ def test_verifying_takes_out_what_is_damaged(store: CountingStore, folder: Path,
 
 def test_who_gets_on_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience counts from the last sign of life, and ends when what waits has no time left."""
-    clock, beats = [0.0], []
+    clock, beats = [0.0], list[float]()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with files.turn(folder, "x", 10.0) as get_on:
 
@@ -833,8 +833,10 @@ def test_who_gets_on_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch
         def no_time() -> None:
             raise BackendUnavailable("artifact store", "no time")
 
-        with pytest.raises(BackendUnavailable, match="no time"), files.turn(folder, "y", 10.0), files.turn(
-            folder, "y", 10.0, no_time
+        with (
+            pytest.raises(BackendUnavailable, match="no time"),
+            files.turn(folder, "y", 10.0),
+            files.turn(folder, "y", 10.0, no_time),
         ):
             pytest.fail("it came in")
 

@@ -16,9 +16,7 @@ def at(hour: int) -> dt.datetime:
     return START + dt.timedelta(hours=hour)
 
 
-def entry(
-    key: str, size: int = 10, hour: int = 0, parts: tuple[str, ...] = (), *, in_use: bool = False
-) -> CacheEntry:
+def entry(key: str, size: int = 10, hour: int = 0, parts: tuple[str, ...] = (), *, in_use: bool = False) -> CacheEntry:
     kind = "folder" if parts else "file"
     return CacheEntry(key=key, kind=kind, size=size, last_use=at(hour), in_use=in_use, parts=parts)  # type: ignore[arg-type]
 

@@ -154,7 +154,7 @@ def test_a_replaced_object_is_not_continued(way: str) -> None:
         else:
             yield second._replace(tag="second") if way == "another tag" else second._replace(size=5)
 
-    found = []
+    found: list[bytes] = []
     with pytest.raises(ArtifactCorrupt, match="took its place while it was read"):
         found.extend(whole(replaced, KEY, Clock().effort()))
     assert b"".join(found) == DATA[:5000]
