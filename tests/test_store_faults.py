@@ -1,4 +1,4 @@
-"""A server whose object store misbehaves while a version is promoted: the old one serves, the new one comes by itself."""
+"""A version is promoted while the object store misbehaves: the old one serves, the new one comes by itself."""
 
 from __future__ import annotations
 

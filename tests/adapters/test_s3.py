@@ -205,6 +205,7 @@ def test_closing_ends_a_download(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of one program, and no other, is Linux's to tell")
 def test_a_large_object_does_not_pass_through_memory(faulty_s3: FaultyS3, store: ArtifactStore, tmp_path: Path) -> None:
     """The memory of a process that fetches 64 MB from S3 grows by far less than that."""
     with (tmp_path / "large").open("wb") as file:
@@ -212,17 +213,18 @@ def test_a_large_object_does_not_pass_through_memory(faulty_s3: FaultyS3, store:
     artifact = store.put(tmp_path / "large", format="raw")
     options = dict(faulty_s3.artifacts.storage_options) | {"config_kwargs": {}}
     program = f"""
-import resource
+from pathlib import Path
 from modelserve.artifacts import ArtifactStore, DiskCache
 from modelserve.types import Artifact
 store, cache = ArtifactStore({faulty_s3.artifacts.url!r}, **{options!r}), DiskCache({str(tmp_path / "cache")!r})
 small = store.put_bytes(b"x" * 3_000_000, format="raw")
 cache.fetch(store, small).release()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
+before = peak()
 cache.fetch(store, {artifact!r}).release()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 store.close()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=50)
-    kilobytes = int(done.stdout) // (1024 if sys.platform == "darwin" else 1)
-    assert kilobytes < 16_000
+    assert int(done.stdout) < 16_000  # kilobytes
