@@ -52,6 +52,7 @@ class ModelOptions(BaseModel):
     ``allow_pickle``        ``False``      load artifacts that are pickles, which can run code
     ``allow_code``          ``False``      load formats that hold a program of their own: SavedModel, Keras
     ``factories``           ``()``         callables that may build networks for registered weights: ``"nets:make"``
+    ``require_signature``   ``None``       load signed versions only (None: if the server has ``trusted_keys``)
     ======================  =============  =====================================================================
     """
 
@@ -75,6 +76,7 @@ class ModelOptions(BaseModel):
     allow_pickle: bool = False
     allow_code: bool = False
     factories: tuple[_DottedPath, ...] = ()
+    require_signature: bool | None = None
 
     @field_validator("replicas")
     @classmethod
@@ -116,6 +118,7 @@ class Settings(BaseSettings):
     cache_bytes: int | None = Field(default=None, ge=1)
     download_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     poll_s: float = Field(default=1.0, gt=0)
+    trusted_keys: tuple[str, ...] = ()
     models: dict[str, ModelOptions] | None = None
 
     @classmethod

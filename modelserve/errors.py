@@ -179,7 +179,7 @@ class ArtifactCorrupt(LoadError):
 
 
 class ArtifactUnsafe(LoadError):
-    """Loading this artifact could run code from it, and that was not allowed."""
+    """Loading this artifact could run code from it and that was not allowed, or nobody trusted here signed it."""
 
 
 class LoadFailed(LoadError):

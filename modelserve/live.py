@@ -230,7 +230,7 @@ class _Keeper:
         self._loop = asyncio.get_running_loop()
         self._loaded: dict[int, LoadedVersion] = {}
         self._loading: tuple[ModelVersion, asyncio.Task[LoadedVersion]] | None = None
-        self._refused: int | None = None
+        self._refused: ModelVersion | None = None
         self._retry_s = _FIRST_RETRY_S
         self._pause: asyncio.TimerHandle | None = None
         self._retiring: set[asyncio.Task[Any]] = set()
@@ -322,7 +322,7 @@ class _Keeper:
             if self._loading[0].id == version.id:
                 return
             self._abandon(self._loading[1])
-        if self._refused == version.id and self._pause is not None:
+        if self._refused == version and self._pause is not None:  # one that was signed since is tried at once
             return
         load = self._loader.load(version, self._options)
         task = asyncio.create_task(load, name=f"modelserve-load-{self._model_name}")
@@ -350,8 +350,8 @@ class _Keeper:
             self._refuse(version, error)
 
     def _refuse(self, version: ModelVersion, error: BaseException) -> None:
-        self._retry_s = min(_LAST_RETRY_S, self._retry_s * 2) if self._refused == version.id else _FIRST_RETRY_S
-        self._refused = version.id
+        self._retry_s = min(_LAST_RETRY_S, self._retry_s * 2) if self._refused == version else _FIRST_RETRY_S
+        self._refused = version
         if self._pause is not None:
             self._pause.cancel()
         self._pause = self._loop.call_later(self._retry_s, self._retry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 
 import orjson
 
-from modelserve import plugins
+from modelserve import plugins, signing
 from modelserve.agreement import agrees
 from modelserve.artifacts import ArtifactStore, DiskCache, Lease
 from modelserve.config import ModelOptions
@@ -24,7 +24,7 @@ from modelserve.execution.pool import Pool, PoolOptions
 from modelserve.execution.process import ProcessReplica, WorkerSpec
 from modelserve.execution.seat import Infer
 from modelserve.execution.thread import ThreadReplica
-from modelserve.ports import Model, Replica
+from modelserve.ports import Model, Replica, TrustedKey
 from modelserve.signature import Signature
 from modelserve.types import Artifact, Json, ModelVersion, Runtime
 
@@ -75,16 +75,24 @@ class LoadedVersion:
 class Loader:
     """Takes versions into service, with blocking work (downloads, hashing) on ``executor``.
 
-    ``observers`` are told what happens to their pools.
+    ``observers`` are told what happens to their pools. With ``trusted_keys``, a version is signed by one of them unless
+    its model's options waive that.
     """
 
     def __init__(
-        self, store: ArtifactStore, cache: DiskCache, executor: Executor, observers: Observers | None = None
+        self,
+        store: ArtifactStore,
+        cache: DiskCache,
+        executor: Executor,
+        observers: Observers | None = None,
+        *,
+        trusted_keys: Sequence[TrustedKey] = (),
     ) -> None:
         self._observers = Observers() if observers is None else observers
         self._store = store
         self._cache = cache
         self._executor = executor
+        self._trusted_keys = tuple(trusted_keys)
 
     async def load(self, meta: ModelVersion, options: ModelOptions, *, niceness: int = 0) -> LoadedVersion:
         """Return the version, warm and proven to answer as it did at registration.
@@ -93,6 +101,7 @@ class Loader:
 
         Raises ``LoadError`` (or ``BackendUnavailable`` when the artifact cannot be had now); nothing stays behind then.
         """
+        self._verify(meta, options)
         signature = Signature.from_json(meta.signature)
         artifact = await self._fetch(meta.artifact)
         pool = _pool_for(meta, options, signature, artifact.path, niceness=niceness, tell=self._observers.emit)
@@ -103,6 +112,12 @@ class Loader:
             await asyncio.shield(_discard(pool, artifact))
             raise
         return LoadedVersion(meta, options, signature, pool, artifact)
+
+    def _verify(self, meta: ModelVersion, options: ModelOptions) -> None:
+        """Refuse a row that nobody trusted signed before any of it is believed; the rest is pinned by what it says."""
+        required = options.require_signature
+        if bool(self._trusted_keys) if required is None else required:
+            signing.verify(self._trusted_keys, meta)
 
     async def _example(self, meta: ModelVersion) -> Json:
         return None if meta.example is None else await self._run(self._read_json, meta.example)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from modelserve.errors import ConfigError, InvalidInput, MissingDependency
-from modelserve.ports import Converter, Framework, ObjectReader
+from modelserve.ports import Converter, Framework, Keys, ObjectReader
 
 FRAMEWORKS: Final = {
     "onnx": "modelserve.adapters.frameworks.onnx:OnnxFramework",
@@ -31,6 +31,7 @@ _OBJECT_READERS: Final = {
     "s3": "modelserve.adapters.stores.s3:S3Reader",
     "s3a": "modelserve.adapters.stores.s3:S3Reader",
 }
+_KEYS: Final = "modelserve.adapters.signing.ed25519:Ed25519Keys"
 _FRAMEWORK_OF_PACKAGE: Final = {
     "keras": "tensorflow",
     "lightgbm": "sklearn",
@@ -55,6 +56,7 @@ _FRAMEWORK_OF_SUFFIX: Final = {
 _SAVED_MODEL: Final = "saved_model.pb"  # what makes a folder a SavedModel
 _EXTRAS: Final = {
     "botocore": "aws",
+    "cryptography": "signing",
     "google": "onnx",
     "joblib": "sklearn",
     "keras": "tensorflow",
@@ -117,6 +119,11 @@ def object_reader(scheme: str, storage_options: Mapping[str, Any]) -> ObjectRead
     """
     target = _OBJECT_READERS.get(scheme)
     return None if target is None else cast("ObjectReader", resolve(target)(storage_options))
+
+
+def keys() -> Keys:
+    """Return what makes and reads the keys that versions are signed with. Raises ``MissingDependency``."""
+    return cast("Keys", resolve(_KEYS)())
 
 
 def framework_of(model: object) -> str:

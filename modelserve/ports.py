@@ -122,6 +122,50 @@ class NotRun(Exception):
     """A replica has ended before it began this batch: another may run it as if nothing had happened."""
 
 
+class SigningKey(Protocol):
+    """A private key that signs versions, wherever it is kept."""
+
+    key_id: str
+    """SHA-256 of the public key's SubjectPublicKeyInfo, in lower-case hex."""
+
+    def sign(self, message: bytes) -> bytes:
+        """Return the Ed25519 signature of a message: 64 bytes."""
+        ...
+
+
+class TrustedKey(Protocol):
+    """A public key whose signatures count."""
+
+    key_id: str
+
+    def accepts(self, message: bytes, signature: bytes) -> bool:
+        """Whether the signature was made of this message, by the key that belongs to this one."""
+        ...
+
+
+class KeyPair(NamedTuple):
+    """A private and a public key, as PEM text."""
+
+    private: str
+    public: str
+
+
+class Keys(Protocol):
+    """Makes and reads keys."""
+
+    def generate(self) -> KeyPair:
+        """Make a new pair."""
+        ...
+
+    def signing_key(self, pem: bytes) -> SigningKey:
+        """Read a private key. Raises ``InvalidInput``."""
+        ...
+
+    def trusted_key(self, pem: bytes) -> TrustedKey:
+        """Read a public key. Raises ``InvalidInput``."""
+        ...
+
+
 class ChangeHints(Protocol):
     """Tells that a model's deployment may have changed. Hints may be lost, repeated or late: a poll covers them."""
 

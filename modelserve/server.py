@@ -19,13 +19,15 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
+from modelserve import signing
 from modelserve.artifacts import DOWNLOAD_LIMIT_S, DiskCache, default_cache_folder
 from modelserve.config import ModelOptions, Settings
-from modelserve.errors import ForkedServer, InferenceFailed, InvalidInput, NotReady
+from modelserve.errors import ConfigError, ForkedServer, InferenceFailed, InvalidInput, NotReady
 from modelserve.events import Observer, Observers, Served
 from modelserve.ids import uuid7_source
 from modelserve.live import Live, ModelStatus
 from modelserve.loading import LoadedVersion, Loader
+from modelserve.ports import TrustedKey
 from modelserve.registry import Registry
 from modelserve.types import Json, ModelVersion, Prediction, Row
 
@@ -42,7 +44,8 @@ class AsyncModelServer:
 
     ``models`` names what to serve and how (None: every model that has a production version). Artifacts are kept
     under ``cache_dir``, at most ``cache_bytes`` of them, and fetching one may take ``download_limit_s`` seconds; the
-    registry is polled every ``poll_s`` seconds.
+    registry is polled every ``poll_s`` seconds. With ``trusted_keys`` (Ed25519 public keys: PEM texts or the paths of
+    files), a version that none of them signed is refused.
 
     Use it as ``async with AsyncModelServer(registry) as server``. All of it belongs to the loop that started it.
     """
@@ -56,6 +59,7 @@ class AsyncModelServer:
         cache_bytes: int | None = None,
         download_limit_s: float = DOWNLOAD_LIMIT_S,
         poll_s: float = 1.0,
+        trusted_keys: Sequence[str | Path | TrustedKey] = (),
     ) -> None:
         self.registry = registry
         self._models = None if models is None else dict(models)
@@ -64,6 +68,8 @@ class AsyncModelServer:
         self._download_limit_s = download_limit_s
         self._cache: DiskCache | None = None
         self._poll_s = poll_s
+        self._trusted_keys = signing.trusted_keys(trusted_keys)
+        _refuse_unmeetable(self._models or {}, self._trusted_keys)
         self._observers = Observers()
         self._live: Live | None = None
         self._executors: tuple[ThreadPoolExecutor, ...] = ()
@@ -260,7 +266,9 @@ class AsyncModelServer:
 
     def _open_loader(self) -> Loader:
         self._cache = DiskCache(self._cache_dir, max_bytes=self._cache_bytes, download_limit_s=self._download_limit_s)
-        return Loader(self.registry.artifacts, self._cache, self._loads, self._observers)
+        return Loader(
+            self.registry.artifacts, self._cache, self._loads, self._observers, trusted_keys=self._trusted_keys
+        )
 
 
 class ModelServer:
@@ -279,6 +287,7 @@ class ModelServer:
         cache_bytes: int | None = None,
         download_limit_s: float = DOWNLOAD_LIMIT_S,
         poll_s: float = 1.0,
+        trusted_keys: Sequence[str | Path | TrustedKey] = (),
     ) -> None:
         self.core = AsyncModelServer(
             registry,
@@ -287,6 +296,7 @@ class ModelServer:
             cache_bytes=cache_bytes,
             download_limit_s=download_limit_s,
             poll_s=poll_s,
+            trusted_keys=trusted_keys,
         )
         self._gate = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -423,7 +433,14 @@ def _from_settings(settings: Settings) -> dict[str, Any]:
         "cache_bytes": settings.cache_bytes,
         "download_limit_s": settings.download_limit_s,
         "poll_s": settings.poll_s,
+        "trusted_keys": settings.trusted_keys,
     }
+
+
+def _refuse_unmeetable(models: Mapping[str, ModelOptions], trusted_keys: Sequence[TrustedKey]) -> None:
+    for name, options in models.items():
+        if options.require_signature and not trusted_keys:
+            raise ConfigError(f"models.{name}.require_signature: no signature could be verified; give trusted_keys=")
 
 
 def _validated(target: LoadedVersion, instances: Sequence[Any], where: str) -> list[Row]:

@@ -64,11 +64,12 @@ SAFE: Final = Runtime()
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelVersion:
-    """One immutable version of a model, as the registry knows it. Only ``status`` ever changes.
+    """One immutable version of a model, as the registry knows it. Only ``status`` and ``attestation`` ever change.
 
     ``signature`` is the JSON form of :class:`modelserve.Signature`; ``load_options`` is what the framework
     adapter needs to load the artifact again (method, trusted types); ``example`` pins the golden example.
     ``conversion`` says how a model that was converted at registration compares with the original; None for others.
+    ``attestation`` holds the signatures of it, a line each; None while nobody has signed it.
     """
 
     id: int
@@ -84,6 +85,7 @@ class ModelVersion:
     tags: Mapping[str, str]
     status: Status
     created_at: dt.datetime
+    attestation: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +104,7 @@ class DeploymentEvent:
 
     model_name: str
     generation: int
-    action: Literal["register", "promote", "rollback", "archive"]
+    action: Literal["register", "promote", "rollback", "archive", "sign"]
     version: str
     production: str | None
     previous: str | None

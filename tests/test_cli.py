@@ -159,6 +159,45 @@ def test_archive_takes_a_version_out_of_staging(churn: Invoke) -> None:
     assert "promote another version or roll back first" in refused.stderr
 
 
+# -- signatures --------------------------------------------------------------------------------------------
+
+
+def test_a_version_is_signed_where_it_is_registered_or_later(invoke: Invoke, saved: Path, settled: Path) -> None:
+    """A server with the public key answers with what the private key signed, and with nothing else."""
+    made = invoke("keygen", "keys")
+    assert made.exit_code == 0
+    assert "private.pem" in made.stdout
+    example = ("--example", saved / "rows.csv")
+    invoke("register", "churn", "1", saved / "young.skops", *example, "--key", "keys/private.pem")
+    invoke("register", "churn", "2", saved / "young.skops", *example)
+    (settled / "modelserve.toml").write_text('trusted_keys = ["keys/public.pem"]\n', encoding="utf-8")
+
+    def predict(version: str) -> Result:
+        wanted = ("churn", "--version", version, "--inputs", YOUNG)
+        invoke("promote", "churn", version)
+        return invoke("--config", "modelserve.toml", "predict", *wanted)
+
+    assert answer_of(predict("1"))["model_version"] == "1"
+    refused = predict("2")
+    assert refused.exit_code == 1
+    assert "churn 2 is not signed" in refused.stderr
+    signed = invoke("sign", "churn", "2", "--key", "keys/private.pem", "--reason", "reviewed")
+    assert signed.stdout.startswith("churn 2 is signed: sklearn, skops, blobs/sha256/")
+    assert "inputs: tenure int64, spend float64" in signed.stdout
+    assert answer_of(predict("2"))["model_version"] == "2"
+    assert "reviewed" in invoke("history", "churn").stdout
+
+
+def test_keys_are_never_overwritten(invoke: Invoke) -> None:
+    """A second pair needs another folder, and a wrong key is told in one line."""
+    assert invoke("keygen", "keys").exit_code == 0
+    refused = invoke("keygen", "keys")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert "never overwritten" in refused.stderr
+    wrong = invoke("sign", "churn", "1", "--key", "keys/public.pem")
+    assert wrong.stderr.count("\n") == 1
+
+
 # -- register ----------------------------------------------------------------------------------------------
 
 

@@ -136,8 +136,8 @@ def test_the_tutorial_runs(reader: Reader, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.timeout(120)  # imports the framework, in a worker process too
-@pytest.mark.parametrize("name", ["onnx", "pytorch", "tensorflow"])
-def test_the_page_of_a_framework_runs(reader: Reader, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["onnx", "pytorch", "signatures", "tensorflow"])
+def test_the_how_to_runs(reader: Reader, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block of the how-to runs, one after the other."""
     monkeypatch.syspath_prepend(reader.folder)  # where files of the page are written
     assert reader.read(ROOT / "docs" / "how-to" / f"{name}.md")["python"] >= 2

@@ -42,7 +42,8 @@ NAMES = [
 
 SIGNATURES = {
     "Registry.register": "self model_name version model example signature framework method trusted format "
-    "factory optimize baseline metrics tags actor reason",
+    "factory optimize baseline metrics tags signing_key actor reason",
+    "Registry.sign": "self model_name version key actor reason",
     "Registry.promote": "self model_name version actor reason",
     "Registry.rollback": "self model_name actor reason",
     "Registry.archive": "self model_name version actor reason",
@@ -50,10 +51,10 @@ SIGNATURES = {
     "Registry.versions": "self model_name",
     "Registry.production": "self model_name",
     "Registry.history": "self model_name",
-    "AsyncModelServer": "registry models cache_dir cache_bytes download_limit_s poll_s",
+    "AsyncModelServer": "registry models cache_dir cache_bytes download_limit_s poll_s trusted_keys",
     "AsyncModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "AsyncModelServer.predict_many": "self model_name instances version timeout_ms request_id",
-    "ModelServer": "registry models cache_dir cache_bytes download_limit_s poll_s",
+    "ModelServer": "registry models cache_dir cache_bytes download_limit_s poll_s trusted_keys",
     "ModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "asgi": "server prefix otherwise max_body_bytes",
     "wsgi": "server max_body_bytes",

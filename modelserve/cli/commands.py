@@ -18,6 +18,7 @@ from modelserve.errors import InvalidInput
 from modelserve.registry import Registry
 from modelserve.server import ModelServer
 from modelserve.signature import Signature
+from modelserve.signing import create_key_files, trusted_keys
 from modelserve.types import DeploymentState, Json, ModelVersion
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -110,6 +111,7 @@ def register(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Or a JSON object. Can be repeated.")
     ] = None,
     tag: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Can be repeated.")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="Sign the version with this private key.")] = None,
     reason: Reason = "",
 ) -> None:
     """Add a saved model as a version in staging.
@@ -129,6 +131,7 @@ def register(
             factory=factory,
             metrics=metrics_of(metrics or ()),
             tags=tags_of(tag or ()),
+            signing_key=key,
             reason=reason,
         )
     inputs = Signature.from_json(added.signature).inputs
@@ -158,6 +161,35 @@ def archive(context: typer.Context, name: str, version: str, *, reason: Reason =
     """Take a version out of staging."""
     with _registry(context) as registry:
         typer.echo(f"{_named(registry.archive(name, version, reason=reason))} is archived")
+
+
+@app.command()
+@told
+def sign(
+    context: typer.Context,
+    name: str,
+    version: str,
+    *,
+    key: Annotated[Path, typer.Option(metavar="FILE", help="The private key, as `keygen` writes it.")],
+    reason: Reason = "",
+) -> None:
+    """Sign what the registry says of a version, for servers that require it. Look at what is printed: it was signed."""
+    with _registry(context) as registry:
+        signed = registry.sign(name, version, key, reason=reason)
+    inputs = Signature.from_json(signed.signature).inputs
+    typer.echo(f"{_named(signed)} is signed: {signed.framework}, {signed.artifact.format}, {signed.artifact.key}")
+    typer.echo(f"loaded with: {encode(signed.load_options)}")
+    typer.echo(f"inputs: {', '.join(f'{printable(field.name)} {field}' for field in inputs)}")
+
+
+@app.command()
+@told
+def keygen(folder: Annotated[Path, typer.Argument(help="Where the two files are written.")]) -> None:
+    """Make a pair of keys: the private one signs versions, the public one is for servers to trust."""
+    private, public = create_key_files(folder)
+    typer.echo(f"private key, for whoever registers: {private}")
+    typer.echo(f"public key, for servers (trusted_keys): {public}")
+    typer.echo(f"id: {trusted_keys([public])[0].key_id}")
 
 
 def _named(version: ModelVersion) -> str:
@@ -262,6 +294,7 @@ def predict(
             cache_dir=settings.cache_dir,
             cache_bytes=settings.cache_bytes,
             download_limit_s=settings.download_limit_s,
+            trusted_keys=settings.trusted_keys,
         ) as server:
             typer.echo(encode(_answer(server, name, rows)))
 

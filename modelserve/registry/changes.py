@@ -13,7 +13,7 @@ from modelserve.registry.rows import require_model, to_version
 from modelserve.registry.tables import deployment, deployment_event, model_version
 from modelserve.types import ModelVersion, Status
 
-Action = Literal["register", "promote", "rollback", "archive"]
+Action = Literal["register", "promote", "rollback", "archive", "sign"]
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -58,6 +58,13 @@ class Change:
         self.connection.execute(changed)
         self.version = target.version
         return dataclasses.replace(target, status=status)
+
+    def attest(self, target: ModelVersion, attestation: str) -> ModelVersion:
+        """Write a version's signatures."""
+        changed = sa.update(model_version).where(model_version.c.id == target.id).values(attestation=attestation)
+        self.connection.execute(changed)
+        self.version = target.version
+        return dataclasses.replace(target, attestation=attestation)
 
     def save(self, *, action: Action, actor: str, reason: str, now: dt.datetime) -> None:
         """Raise the generation, write the deployment row and append the event."""

@@ -11,11 +11,13 @@ import datetime as dt
 import getpass
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import sqlalchemy as sa
 
+from modelserve import signing
 from modelserve.artifacts import ArtifactStore
 from modelserve.errors import (
     ConfigError,
@@ -24,6 +26,7 @@ from modelserve.errors import (
     VersionExists,
     VersionNotFound,
 )
+from modelserve.ports import SigningKey
 from modelserve.registry.changes import Action, Change, create_deployment
 from modelserve.registry.database import Database
 from modelserve.registry.hints import Hints
@@ -192,6 +195,7 @@ class Registry:
         baseline: Any = None,
         metrics: Mapping[str, Json] | None = None,
         tags: Mapping[str, str] | None = None,
+        signing_key: str | Path | SigningKey | None = None,
         actor: str | None = None,
         reason: str = "",
     ) -> ModelVersion:
@@ -203,12 +207,14 @@ class Registry:
         that the safe format would otherwise refuse; ``format`` picks another than the framework's safe default.
         ``factory`` (``"package.module:callable"``) builds the network that saved weights belong to. With
         ``optimize="onnx"`` the model is converted; what comes out has to answer the example, and up to 100,000 rows
-        of ``baseline``, as the original does, and is served in its place.
+        of ``baseline``, as the original does, and is served in its place. ``signing_key`` signs the version at once,
+        as :meth:`sign` does later.
 
         Raises ``InvalidInput`` for what cannot be served, ``ArtifactUnsafe`` for types that would need trust, and
         ``VersionExists``: a version is registered once.
         """
         check_names(model_name, version)
+        key = None if signing_key is None else signing.signing_key(signing_key)
         if self._exists(model_name, version):
             raise VersionExists(model_name, version)
         prepared = prepare(
@@ -235,9 +241,35 @@ class Registry:
             conversion=prepared.conversion,
             metrics=metrics or {},
             tags=tags or {},
+            signing_key=key,
             actor=actor,
             reason=reason,
         )
+
+    def sign(
+        self,
+        model_name: str,
+        version: str,
+        key: str | Path | SigningKey,
+        *,
+        actor: str | None = None,
+        reason: str = "",
+    ) -> ModelVersion:
+        """Sign what the registry says of a version now; servers that require a signature then load it.
+
+        ``key`` is an Ed25519 private key: PEM text, or the path of a file that holds it. A signature joins those of
+        other keys; signing again with the same key changes nothing. Look at the version first, or sign it where it
+        is registered: a signature vouches for whatever the row holds at this moment.
+
+        Raises ``ModelNotFound``, ``VersionNotFound``, and ``InvalidInput`` for what is no such key.
+        """
+        line = signing.signed(signing.signing_key(key), signing.statement_of(self.get(model_name, version)))
+        with self._change(model_name, "sign", actor, reason) as change:
+            target = require_version(change.connection, model_name, version)
+            attestation = signing.with_signature(target.attestation, line)
+            if attestation == target.attestation:
+                return target
+            return change.attest(target, attestation)
 
     def promote(self, model_name: str, version: str, *, actor: str | None = None, reason: str = "") -> ModelVersion:
         """Put a version into production; the one before is archived and becomes ``previous``.
@@ -297,6 +329,7 @@ class Registry:
         tags: Mapping[str, str],
         actor: str | None,
         reason: str,
+        signing_key: SigningKey | None = None,
     ) -> ModelVersion:
         """Add the row of a version whose bytes are saved, in staging. Raises ``InvalidInput``, ``VersionExists``."""
         check_names(model_name, version)
@@ -316,6 +349,19 @@ class Registry:
             "status": "staging",
             "created_at": self._now(),
         }
+        if signing_key is not None:
+            row["attestation"] = signing.signed(
+                signing_key,
+                signing.statement(
+                    model_name=model_name,
+                    version=version,
+                    framework=framework,
+                    artifact=artifact,
+                    signature=row["signature"],
+                    load_options=row["load_options"],
+                    example=example,
+                ),
+            )
         with self._change(model_name, "register", actor, reason, create=True) as change:
             if find_version(change.connection, model_name, version) is not None:
                 raise VersionExists(model_name, version)

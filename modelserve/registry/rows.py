@@ -85,6 +85,7 @@ def to_version(row: sa.Row[Any]) -> ModelVersion:
         tags=row.tags,
         status=row.status,
         created_at=row.created_at,
+        attestation=row.attestation,
     )
 
 

@@ -69,6 +69,7 @@ model_version = sa.Table(
     sa.Column("example_sha256", sa.String(64)),
     sa.Column("example_bytes", sa.BigInteger),
     sa.Column("conversion", _Json),
+    sa.Column("attestation", sa.Text),
     _json("metrics"),
     _json("tags"),
     sa.Column("status", _enum("model_status", get_args(Status)), nullable=False),

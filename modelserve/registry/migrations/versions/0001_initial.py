@@ -48,6 +48,7 @@ def _create_model_version() -> None:
         sa.Column("example_sha256", sa.String(64)),
         sa.Column("example_bytes", sa.BigInteger()),
         sa.Column("conversion", _JSON),
+        sa.Column("attestation", sa.Text()),
         sa.Column("metrics", _JSON, nullable=False),
         sa.Column("tags", _JSON, nullable=False),
         sa.Column("status", _STATUS, nullable=False),

@@ -1,0 +1,1 @@
+"""One technology of signatures per module."""
