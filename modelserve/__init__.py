@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from modelserve.http.asgi import asgi
     from modelserve.http.wsgi import wsgi
+    from modelserve.importing import import_model
     from modelserve.registry import Registry
     from modelserve.server import AsyncModelServer, ModelServer
     from modelserve.signature import Field, Signature
@@ -58,6 +59,7 @@ _HOMES = {
     ),
     "http.asgi": ("asgi",),
     "http.wsgi": ("wsgi",),
+    "importing": ("import_model",),
     "registry": ("Registry",),
     "server": ("AsyncModelServer", "ModelServer"),
     "signature": ("Field", "Signature"),
@@ -95,6 +97,7 @@ __all__ = [
     "VersionNotFound",
     "__version__",
     "asgi",
+    "import_model",
     "wsgi",
 ]
 

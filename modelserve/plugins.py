@@ -1,8 +1,8 @@
 """Names and URL schemes to adapters, imported only when asked for.
 
 A name is looked up in the built-in table first, then among the entry points of installed packages
-(group ``modelserve.frameworks``), so a third party adds an adapter without a change here. A driver that is
-missing answers with the line that installs it.
+(groups ``modelserve.frameworks`` and ``modelserve.sources``), so a third party adds an adapter without a change here.
+A driver that is missing answers with the line that installs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from modelserve.errors import ConfigError, InvalidInput, MissingDependency
-from modelserve.ports import Converter, Framework, Keys, ObjectReader
+from modelserve.ports import Converter, Framework, Keys, ModelSource, ObjectReader
 
 FRAMEWORKS: Final = {
     "onnx": "modelserve.adapters.frameworks.onnx:OnnxFramework",
@@ -30,6 +30,9 @@ _CONVERTERS: Final = {
 _OBJECT_READERS: Final = {
     "s3": "modelserve.adapters.stores.s3:S3Reader",
     "s3a": "modelserve.adapters.stores.s3:S3Reader",
+}
+_SOURCES: Final = {
+    "mlflow": "modelserve.adapters.registries.mlflow:MlflowSource",
 }
 _KEYS: Final = "modelserve.adapters.signing.ed25519:Ed25519Keys"
 _FRAMEWORK_OF_PACKAGE: Final = {
@@ -56,11 +59,13 @@ _FRAMEWORK_OF_SUFFIX: Final = {
 _SAVED_MODEL: Final = "saved_model.pb"  # what makes a folder a SavedModel
 _EXTRAS: Final = {
     "botocore": "aws",
+    "cloudpickle": "mlflow",
     "cryptography": "signing",
     "google": "onnx",
     "joblib": "sklearn",
     "keras": "tensorflow",
     "lightgbm": "lightgbm",
+    "mlflow": "mlflow",
     "onnx": "onnx",
     "onnxmltools": "onnx",
     "onnxruntime": "onnx",
@@ -76,6 +81,7 @@ _EXTRAS: Final = {
     "torch": "torch",
     "typer": "cli",
     "xgboost": "xgboost",
+    "yaml": "mlflow",
 }
 
 
@@ -119,6 +125,17 @@ def object_reader(scheme: str, storage_options: Mapping[str, Any]) -> ObjectRead
     """
     target = _OBJECT_READERS.get(scheme)
     return None if target is None else cast("ObjectReader", resolve(target)(storage_options))
+
+
+def source(name: str, url: str | None = None) -> ModelSource:
+    """Return what reads another registry, of this kind and at this place (None: where its configuration says).
+
+    Raises ``InvalidInput`` for an unknown kind, and ``MissingDependency`` when its package is not installed.
+    """
+    target = _SOURCES.get(name) or _entry_point("modelserve.sources", name)
+    if target is None:
+        raise InvalidInput("source", f"{name!r} is no registry to import from; known: {', '.join(_SOURCES)}")
+    return cast("ModelSource", resolve(target)(url))
 
 
 def keys() -> Keys:

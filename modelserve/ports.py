@@ -166,6 +166,47 @@ class Keys(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SourceVersion:
+    """One version in another registry: its exact URI, what it is called there, and what is known of it."""
+
+    uri: str
+    name: str
+    version: str
+    metrics: Mapping[str, Json]
+    tags: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SourceModel:
+    """A model from another registry, as ours takes it: a live object or the path of a saved one, and its inputs.
+
+    ``signature`` is the JSON form of :class:`modelserve.Signature`; it and ``example`` are None where unknown.
+    """
+
+    model: Any
+    framework: FrameworkName
+    method: str
+    format: str | None
+    signature: Json
+    example: Any
+
+
+class ModelSource(Protocol):
+    """Another registry that models are taken over from. It is read, at the time of an import, and never written."""
+
+    def locate(self, uri: str) -> SourceVersion:
+        """Return the version that a URI means now. Raises ``InvalidInput`` for none, ``BackendUnavailable``."""
+        ...
+
+    def fetch(self, found: SourceVersion, folder: Path, *, allow_pickle: bool) -> SourceModel:
+        """Download a version into ``folder`` and make it what our registry takes; what it needs stays there.
+
+        Raises ``InvalidInput`` for what cannot be served, ``ArtifactUnsafe`` for a pickle that is not allowed.
+        """
+        ...
+
+
 class ChangeHints(Protocol):
     """Tells that a model's deployment may have changed. Hints may be lost, repeated or late: a poll covers them."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -55,6 +55,17 @@ def test_a_third_party_adds_a_framework_by_entry_point(monkeypatch: pytest.Monke
     point = importlib.metadata.EntryPoint("theirs", target, "modelserve.frameworks")
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [point])
     assert plugins.framework("theirs").name == "sklearn"
+
+
+def test_a_third_party_adds_a_source_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry to import from is found in the same way; what it is made with is its place."""
+    point = importlib.metadata.EntryPoint("theirs", "pathlib:PurePath", "modelserve.sources")
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda **asked: [point] if asked["name"] == "theirs" else []
+    )
+    assert plugins.source("theirs", "place") == PurePath("place")  # type: ignore[comparison-overlap]
+    with pytest.raises(InvalidInput, match="known: mlflow"):
+        plugins.source("ours")
 
 
 def test_a_missing_driver_answers_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:

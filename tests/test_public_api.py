@@ -37,6 +37,7 @@ NAMES = [
     "VersionNotFound",
     "__version__",
     "asgi",
+    "import_model",
     "wsgi",
 ]
 
@@ -56,6 +57,8 @@ SIGNATURES = {
     "AsyncModelServer.predict_many": "self model_name instances version timeout_ms request_id",
     "ModelServer": "registry models cache_dir cache_bytes download_limit_s poll_s trusted_keys",
     "ModelServer.predict": "self model_name inputs version timeout_ms request_id",
+    "import_model": "registry source uri source_url name version example method trusted allow_pickle signing_key "
+    "actor reason",
     "asgi": "server prefix otherwise max_body_bytes",
     "wsgi": "server max_body_bytes",
 }

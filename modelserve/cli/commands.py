@@ -15,6 +15,7 @@ from modelserve.cli.printing import AsJson, encode, moment, pairs, printable, sh
 from modelserve.cli.reading import metrics_of, read_table, rows_of, tags_of
 from modelserve.config import ModelOptions, Settings
 from modelserve.errors import InvalidInput
+from modelserve.importing import import_model
 from modelserve.registry import Registry
 from modelserve.server import ModelServer
 from modelserve.signature import Signature
@@ -25,6 +26,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 database = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the registry's database.")
 app.add_typer(database, name="db")
 app.add_typer(cache, name="cache")
+imports = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Take models over from other registries.")
+app.add_typer(imports, name="import")
 
 Reason = Annotated[str, typer.Option(help="Why, for the history.")]
 
@@ -134,6 +137,53 @@ def register(
             signing_key=key,
             reason=reason,
         )
+    _tell_registered(added)
+
+
+@imports.command()
+@told
+def mlflow(
+    context: typer.Context,
+    uri: Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
+    *,
+    name: Annotated[str | None, typer.Option(help="What the model is called here, if not as there.")] = None,
+    version: Annotated[str | None, typer.Option(help="What the version is called here, if not as there.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(metavar="URI", help="Where MLflow is; or set MLFLOW_TRACKING_URI.")
+    ] = None,
+    example: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Rows in place of the model's own example.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="What a request calls, if not what MLflow calls.")] = None,
+    trusted: Annotated[
+        list[str] | None, typer.Option(metavar="TYPE", help="A type that may be loaded. Can be repeated.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Open a pickle, which can run any code, to save it in a safe format.")
+    ] = False,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="Sign the version with this private key.")] = None,
+    reason: Reason = "",
+) -> None:
+    """Copy a version of MLflow's registry into this one, in staging. Serving never asks MLflow."""
+    with _registry(context) as registry:
+        added = import_model(
+            registry,
+            "mlflow",
+            uri,
+            source_url=tracking_uri,
+            name=name,
+            version=version,
+            example=None if example is None else read_table(example),
+            method=method,
+            trusted=trusted or (),
+            allow_pickle=allow_pickle,
+            signing_key=key,
+            reason=reason,
+        )
+    _tell_registered(added)
+
+
+def _tell_registered(added: ModelVersion) -> None:
     inputs = Signature.from_json(added.signature).inputs
     typer.echo(f"{_named(added)} is registered, in {added.status}")
     typer.echo(f"inputs: {', '.join(f'{printable(field.name)} {field}' for field in inputs)}")
