@@ -48,6 +48,7 @@ class ModelOptions(BaseModel):
     ``slo_ms``              ``100``        the latency that batching and admission aim for
     ``start_limit_s``       ``600``        how long a replica may take to load and warm up
     ``hang_limit_s``        ``1``          how long a batch may run on after the last of its callers has given up
+    ``reload``              ``"overlap"``  load a new version in full beside the old one, or ``"replace"`` it bit by bit
     ``keep_previous``       ``True``       keep the version before loaded, so that a rollback is instant
     ``allow_pickle``        ``False``      load artifacts that are pickles, which can run code
     ``allow_code``          ``False``      load formats that hold a program of their own: SavedModel, Keras
@@ -72,6 +73,7 @@ class ModelOptions(BaseModel):
     slo_ms: float = Field(default=100.0, gt=0, allow_inf_nan=False)
     start_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     hang_limit_s: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    reload: Literal["overlap", "replace"] = "overlap"
     keep_previous: bool = True
     allow_pickle: bool = False
     allow_code: bool = False
@@ -100,6 +102,11 @@ class ModelOptions(BaseModel):
     def replica_range(self) -> tuple[int, int]:
         """Fewest and most replicas."""
         return self.replicas if isinstance(self.replicas, tuple) else (self.replicas, self.replicas)
+
+    @property
+    def keeps_previous(self) -> bool:
+        """Whether the version before stays loaded. Where there is no room for two, it cannot."""
+        return self.keep_previous and self.reload == "overlap"
 
     @property
     def batch_rows(self) -> int:

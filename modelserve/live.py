@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime as dt
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 from modelserve.config import ModelOptions
-from modelserve.errors import ModelNotFound, ModelServeError, NotReady, VersionNotFound
+from modelserve.errors import BackendUnavailable, ModelNotFound, ModelServeError, NotReady, VersionNotFound
 from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
 from modelserve.loading import LoadedVersion, Loader
 from modelserve.ports import ChangeHints
+from modelserve.snapshots import Snapshot, Snapshots
 from modelserve.types import DeploymentState, ModelVersion, PoolStatus
 
 _log = logging.getLogger("modelserve")
 _FIRST_RETRY_S: Final = 1.0
 _LAST_RETRY_S: Final = 60.0
+_RESYNC_S: Final = 60.0  # between two looks at models whose generation has not changed
+_GONE_BACK_S: Final = 60.0  # for which a lower generation has to be read before it is believed
 
 
 class Deployments(ChangeHints, Protocol):
@@ -63,7 +67,8 @@ class ModelStatus:
 
     ``wanted`` and ``applied`` are generations: the one last read, and the one served. ``target`` is the version wanted
     in production, ``production`` the one that answers; they differ while the former loads, or when it was refused.
-    ``pool`` is the one of the latter.
+    ``pool`` is the one of the latter. ``stale`` says since when the registry has not confirmed what is served: the time
+    of the first look at which it could not be read, or of the snapshot that this server started from.
     """
 
     model_name: str
@@ -77,12 +82,18 @@ class ModelStatus:
     problem: str | None
     queue_depth: int
     pool: PoolStatus | None
+    stale: dt.datetime | None = None
+
+
+def _utc_now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
 
 
 class Live:
     """Holds a :class:`Deployment` per served model and keeps it as the registry wants it.
 
-    ``models`` names what to serve and how; None serves every model that has a production version.
+    ``models`` names what to serve and how; None serves every model that has a production version. ``snapshots`` keep
+    what was applied, and stand in for a registry that cannot be read when there is nothing to serve yet.
     """
 
     def __init__(
@@ -94,10 +105,14 @@ class Live:
         models: Mapping[str, ModelOptions] | None,
         observers: Observers,
         poll_s: float,
+        snapshots: Snapshots | None = None,
+        now: Callable[[], dt.datetime] = _utc_now,
     ) -> None:
         self._registry = registry
         self._loader = loader
         self._executor = executor
+        self._snapshots = snapshots
+        self._now = now
         self._models = models
         self._observers = observers
         self._poll_s = poll_s
@@ -106,6 +121,8 @@ class Live:
         self._stopped = False
         self._unsubscribe: Callable[[], None] = _nothing
         self._problem: str | None = None
+        self._lost_since: dt.datetime | None = None
+        self._resynced_at = 0.0
         self._has_looked = models is not None  # a list of models says which there are without asking
 
     def __getitem__(self, model_name: str) -> Deployment:
@@ -141,7 +158,11 @@ class Live:
     def status(self) -> list[ModelStatus]:
         """Return the status of every model served here, by name."""
         served = sorted(self._keepers.items())
-        return [keeper.status() for _, keeper in served if self._models is not None or keeper.target is not None]
+        return [
+            keeper.status(self._lost_since)
+            for _, keeper in served
+            if self._models is not None or keeper.target is not None
+        ]
 
     @property
     def problem(self) -> str | None:
@@ -167,24 +188,49 @@ class Live:
         try:
             generations = await self._loop.run_in_executor(self._executor, self._registry.generations)
         except ModelServeError as error:
-            self._lost(str(error))
+            was_known = self._problem is None
+            self._lost(str(error), stand_in=await self._snapshots_of(error) if was_known else {})
             return
         except Exception as error:  # noqa: BLE001  # a poll that ended would leave every model as it is for ever
             _log.exception("the registry could not be read")
             self._lost(f"the registry could not be read: {type(error).__name__}")
             return
-        self._problem, self._has_looked = None, True
+        self._problem, self._lost_since, self._has_looked = None, None, True
+        everything = self._is_time_to_resync()
+        for keeper in self._keepers.values():
+            keeper.ask_registry()
         for name, generation in generations.items():
-            if (self._models is None or name in self._models) and self._keep(name).reached != generation:
+            if self._serves(name) and (everything or self._keep(name).reached != generation):
                 self._keep(name).look()
         for name, keeper in self._keepers.items():
             if name not in generations:
                 keeper.nothing_to_serve("no such model is registered yet")
 
-    def _lost(self, problem: str) -> None:
+    def _serves(self, model_name: str) -> bool:
+        return self._models is None or model_name in self._models
+
+    def _is_time_to_resync(self) -> bool:
+        """Whether to look at every model: a registry that was replaced can have the same generations by chance."""
+        now = self._loop.time()
+        if now - self._resynced_at < _RESYNC_S:
+            return False
+        self._resynced_at = now
+        return True
+
+    async def _snapshots_of(self, error: ModelServeError) -> dict[str, Snapshot]:
+        """Return what can stand in for a registry that does not answer; nothing can for one that refuses."""
+        if self._snapshots is None or not isinstance(error, BackendUnavailable):
+            return {}
+        return await self._loop.run_in_executor(self._executor, self._snapshots.load)
+
+    def _lost(self, problem: str, stand_in: Mapping[str, Snapshot] | None = None) -> None:
         if self._problem is None:
             _log.error("%s; what is loaded keeps serving", problem)
+            self._lost_since = self._now()
         self._problem = problem
+        for name, snapshot in (stand_in or {}).items():
+            if self._serves(name):
+                self._keep(name).stand_in(snapshot)
         for keeper in self._keepers.values():
             keeper.nothing_to_serve(problem)
 
@@ -199,6 +245,7 @@ class Live:
                 loader=self._loader,
                 executor=self._executor,
                 observers=self._observers,
+                snapshots=self._snapshots,
             )
             self._keepers[model_name] = keeper
         return keeper
@@ -206,6 +253,14 @@ class Live:
 
 def _nothing() -> None:
     """Do nothing: what there is to undo before anything was done."""
+
+
+_Identity: TypeAlias = tuple[int, str, str, dt.datetime]
+
+
+def _identity(version: ModelVersion) -> _Identity:
+    """Return what tells a version from any other, also from one that has its id in another database."""
+    return version.id, version.version, version.artifact.sha256, version.created_at
 
 
 class _Keeper:
@@ -220,6 +275,7 @@ class _Keeper:
         loader: Loader,
         executor: Executor,
         observers: Observers,
+        snapshots: Snapshots | None,
     ) -> None:
         self._model_name = model_name
         self._options = options
@@ -227,8 +283,12 @@ class _Keeper:
         self._loader = loader
         self._executor = executor
         self._observers = observers
+        self._snapshots = snapshots
+        self._stand_in: Snapshot | None = None
+        self._saved: DeploymentState | None = None
+        self._behind_since: float | None = None
         self._loop = asyncio.get_running_loop()
-        self._loaded: dict[int, LoadedVersion] = {}
+        self._loaded: dict[_Identity, LoadedVersion] = {}
         self._loading: tuple[ModelVersion, asyncio.Task[LoadedVersion]] | None = None
         self._refused: ModelVersion | None = None
         self._retry_s = _FIRST_RETRY_S
@@ -251,12 +311,24 @@ class _Keeper:
 
     def nothing_to_serve(self, problem: str) -> None:
         """Note why there is nothing to serve, when there is nothing."""
-        if self.deployment is None and self._loading is None:
+        if self.deployment is None and self._loading is None and self._stand_in is None:
             self.problem = problem
             self.tried.set()
 
-    def status(self) -> ModelStatus:
+    def stand_in(self, snapshot: Snapshot) -> None:
+        """Work towards a snapshot until the registry can be read, if there is nothing better."""
+        nothing = self.deployment is None and self._loading is None
+        if nothing and snapshot.state.production is not None and snapshot.state.generation >= self.wanted:
+            self._stand_in = snapshot
+            self.look()
+
+    def ask_registry(self) -> None:
+        """Read the registry again from the next step on: it answers."""
+        self._stand_in = None
+
+    def status(self, lost_since: dt.datetime | None) -> ModelStatus:
         now = self.deployment
+        since = lost_since if self._stand_in is None else self._stand_in.saved_at
         return ModelStatus(
             model_name=self._model_name,
             ready=now is not None and now.production.pool.alive,
@@ -269,6 +341,7 @@ class _Keeper:
             problem=self.problem,
             queue_depth=now.production.pool.queue_depth if now else 0,
             pool=now.production.pool.status() if now else None,
+            stale=since if now else None,
         )
 
     async def stop(self) -> None:
@@ -302,8 +375,8 @@ class _Keeper:
 
     async def _step(self) -> None:
         """Read the wanted state and move one step towards it; whatever finishes later asks for the next step."""
-        state = await self._loop.run_in_executor(self._executor, self._registry.deployment, self._model_name)
-        if state.generation < self.wanted:
+        state = await self._read()
+        if self._is_behind(state):
             return
         self.wanted = state.generation
         self.target = state.production.version if state.production else None
@@ -311,20 +384,48 @@ class _Keeper:
         if state.production is None:
             self.nothing_to_serve("no version of it is in production; promote one")
             self.reached = state.generation
-        elif state.production.id in self._loaded:
-            self._swap(state, self._loaded[state.production.id])
+        elif (identity := _identity(state.production)) in self._loaded:
+            self._swap(state, self._loaded[identity])
         else:
             self._start_loading(state.production)
         self._retire_unwanted(state)
 
+    async def _read(self) -> DeploymentState:
+        if self._stand_in is not None:
+            return self._stand_in.state
+        return await self._loop.run_in_executor(self._executor, self._registry.deployment, self._model_name)
+
+    def _is_behind(self, state: DeploymentState) -> bool:
+        """Whether a state is older than one that was read before.
+
+        A replica of the database may lag. One that stays behind has been restored, or is another, and is believed.
+        """
+        if state.generation >= self.wanted:
+            self._behind_since = None
+            return False
+        now = self._loop.time()
+        if self._behind_since is None:
+            self._behind_since = now
+        if now - self._behind_since < _GONE_BACK_S:
+            self.problem = (
+                f"the registry has gone back from generation {self.wanted} to {state.generation}; "
+                f"it is followed if that is still so after {_GONE_BACK_S:.0f} s"
+            )
+            return True
+        told = "%s: the registry has gone back from generation %d to %d and stays there; it is followed"
+        _log.warning(told, self._model_name, self.wanted, state.generation)
+        self._behind_since = None
+        return False
+
     def _start_loading(self, version: ModelVersion) -> None:
+        identity = _identity(version)
         if self._loading is not None:
-            if self._loading[0].id == version.id:
+            if _identity(self._loading[0]) == identity:
                 return
             self._abandon(self._loading[1])
         if self._refused == version and self._pause is not None:  # one that was signed since is tried at once
             return
-        load = self._loader.load(version, self._options)
+        load = self._loader.load(version, self._options, beside=self.deployment.production if self.deployment else None)
         task = asyncio.create_task(load, name=f"modelserve-load-{self._model_name}")
         task.add_done_callback(lambda _: self.look())
         self._loading = (version, task)
@@ -344,7 +445,7 @@ class _Keeper:
             return
         error = task.exception()
         if error is None:
-            self._loaded[version.id] = task.result()
+            self._loaded[_identity(version)] = task.result()
             self._refused = None
         else:
             self._refuse(version, error)
@@ -368,10 +469,14 @@ class _Keeper:
 
     def _swap(self, state: DeploymentState, production: LoadedVersion) -> None:
         """Let the wanted version answer from now on, in one assignment."""
-        previous = self._loaded.get(state.previous.id) if state.previous and self._options.keep_previous else None
+        previous = (
+            self._loaded.get(_identity(state.previous)) if state.previous and self._options.keeps_previous else None
+        )
         before, self.deployment = self.deployment, Deployment(self._model_name, state.generation, production, previous)
         self.problem = None
-        self.reached = state.generation
+        if self._stand_in is None:
+            self.reached = state.generation
+            self._keep_snapshot(state)
         self.tried.set()
         if before is None or before.production is not production:
             _log.info(
@@ -379,19 +484,29 @@ class _Keeper:
             )
             self._observers.emit(VersionLoaded(self._model_name, production.meta.version, state.generation))
 
+    def _keep_snapshot(self, state: DeploymentState) -> None:
+        """Keep what is applied for a start without the registry. What fails is tried again at the next resync."""
+        if self._snapshots is not None and state != self._saved:
+            saving = self._save(self._snapshots, state)
+            self._in_background(asyncio.create_task(saving, name=f"modelserve-save-{self._model_name}"))
+
+    async def _save(self, snapshots: Snapshots, state: DeploymentState) -> None:
+        if await self._loop.run_in_executor(self._executor, snapshots.save, state):
+            self._saved = state
+
     # -- what is no longer wanted --------------------------------------------------------------------------
 
     def _retire_unwanted(self, state: DeploymentState) -> None:
         now = self.deployment
         kept: set[Any] = {now.production, now.previous} if now else set()
-        if state.production is not None and state.production.id in self._loaded:
-            kept.add(self._loaded[state.production.id])
+        if state.production is not None and _identity(state.production) in self._loaded:
+            kept.add(self._loaded[_identity(state.production)])
         for version in list(self._loaded.values()):
             if version not in kept:
                 self._retire(version)
 
     def _retire(self, version: LoadedVersion) -> None:
-        del self._loaded[version.meta.id]
+        del self._loaded[_identity(version.meta)]
         unload = self._unload(version)
         self._in_background(asyncio.create_task(unload, name=f"modelserve-unload-{self._model_name}"))
 

@@ -24,6 +24,7 @@ from modelserve.execution.pool import Pool, PoolOptions
 from modelserve.execution.process import ProcessReplica, WorkerSpec
 from modelserve.execution.seat import Infer
 from modelserve.execution.thread import ThreadReplica
+from modelserve.memory import Memory, needed
 from modelserve.ports import Model, Replica, TrustedKey
 from modelserve.signature import Signature
 from modelserve.types import Artifact, Json, ModelVersion, Runtime
@@ -38,12 +39,35 @@ class LoadedVersion:
     """A version that can answer: its signature, its pool, and a count of the requests on it.
 
     A request holds a lease from choosing the version to its answer; :meth:`unload` waits for the last of them.
+
+    One that was loaded in the room of ``before`` grows to its full number of replicas when that is gone. If it goes
+    first, because another is wanted by now, ``before`` has its room back.
     """
 
-    __slots__ = ("_artifact", "_drained", "_leases", "meta", "options", "pool", "signature", "timeout_s")
+    __slots__ = (
+        "_artifact",
+        "_before",
+        "_drained",
+        "_gone",
+        "_growing",
+        "_leases",
+        "_room",
+        "meta",
+        "options",
+        "pool",
+        "signature",
+        "timeout_s",
+    )
 
     def __init__(
-        self, meta: ModelVersion, options: ModelOptions, signature: Signature, pool: Pool, artifact: Lease
+        self,
+        meta: ModelVersion,
+        options: ModelOptions,
+        signature: Signature,
+        pool: Pool,
+        artifact: Lease,
+        *,
+        before: LoadedVersion | None = None,
     ) -> None:
         self.meta = meta
         self.options = options
@@ -53,6 +77,12 @@ class LoadedVersion:
         self._artifact = artifact
         self._leases = 0
         self._drained: asyncio.Event | None = None
+        self._gone = asyncio.Event()
+        self._room = asyncio.Lock()
+        self._before = before
+        self._growing: asyncio.Task[None] | None = None
+        if before is not None:
+            self._growing = asyncio.create_task(self._grow_after(before), name="modelserve-grow")
 
     def __enter__(self) -> Self:
         self._leases += 1
@@ -68,15 +98,50 @@ class LoadedVersion:
         if self._leases:
             self._drained = asyncio.Event()
             await self._drained.wait()
-        await self.pool.stop()
-        self._artifact.release()
+        if self._growing is not None:
+            self._growing.cancel()
+            await asyncio.wait([self._growing])
+        try:
+            await self.pool.stop()
+        finally:
+            self._artifact.release()
+            self._gone.set()
+            if self._before is not None:
+                self._before.take_room_back()
+
+    async def make_room(self) -> None:
+        """Give up one replica, if there is more than one, for a version that is to take over.
+
+        Only one can have the room at a time: the next waits until it was taken back, so that there are never more
+        replicas than the options say.
+        """
+        await self._room.acquire()
+        try:
+            if self._growing is not None:
+                await asyncio.wait([self._growing])
+            if self.pool.size > 1:
+                await self.pool.confine(self.pool.size - 1)
+        except BaseException:
+            self.take_room_back()
+            raise
+
+    def take_room_back(self) -> None:
+        """Grow to the full number of replicas again: the version that had the room is gone."""
+        self._room.release()
+        if not self._gone.is_set():
+            self.pool.release()
+
+    async def _grow_after(self, before: LoadedVersion) -> None:
+        await before._gone.wait()
+        self._before = None
+        self.pool.release()
 
 
 class Loader:
     """Takes versions into service, with blocking work (downloads, hashing) on ``executor``.
 
-    ``observers`` are told what happens to their pools. With ``trusted_keys``, a version is signed by one of them unless
-    its model's options waive that.
+    ``observers`` are told what happens to their pools. ``memory`` tells whether there is room for another version. With
+    ``trusted_keys``, a version is signed by one of them unless its model's options waive that.
     """
 
     def __init__(
@@ -86,32 +151,59 @@ class Loader:
         executor: Executor,
         observers: Observers | None = None,
         *,
+        memory: Memory | None = None,
         trusted_keys: Sequence[TrustedKey] = (),
     ) -> None:
         self._observers = Observers() if observers is None else observers
+        self._memory = Memory() if memory is None else memory
         self._store = store
         self._cache = cache
         self._executor = executor
         self._trusted_keys = tuple(trusted_keys)
 
-    async def load(self, meta: ModelVersion, options: ModelOptions, *, niceness: int = 0) -> LoadedVersion:
+    async def load(
+        self, meta: ModelVersion, options: ModelOptions, *, niceness: int = 0, beside: LoadedVersion | None = None
+    ) -> LoadedVersion:
         """Return the version, warm and proven to answer as it did at registration.
 
-        ``niceness`` lowers the priority of its worker processes, for versions that only shadow another.
+        ``niceness`` lowers the priority of its worker processes, for versions that only shadow another. ``beside`` is
+        the version that serves meanwhile. ``options.reload`` says whether the new one is loaded in full beside it, if
+        there is memory for that, or takes the room of one of its replicas and has one itself until it is gone.
 
         Raises ``LoadError`` (or ``BackendUnavailable`` when the artifact cannot be had now); nothing stays behind then.
         """
         self._verify(meta, options)
         signature = Signature.from_json(meta.signature)
+        before = beside if options.reload == "replace" else None
+        if beside is not None and before is None:
+            await self._require_memory(meta, options, beside)
         artifact = await self._fetch(meta.artifact)
         pool = _pool_for(meta, options, signature, artifact.path, niceness=niceness, tell=self._observers.emit)
         try:
             proof = Proof(signature, await self._example(meta), largest_batch=options.batch_rows)
-            await pool.start(proof)
+            await _start(pool, proof, before)
         except BaseException:
             await asyncio.shield(_discard(pool, artifact))
             raise
-        return LoadedVersion(meta, options, signature, pool, artifact)
+        return LoadedVersion(meta, options, signature, pool, artifact, before=before)
+
+    async def _require_memory(self, meta: ModelVersion, options: ModelOptions, beside: LoadedVersion) -> None:
+        """Refuse a version that would have the process, or its neighbours, killed for memory."""
+        pids = [each.detail.get("pid") for each in beside.pool.status().replicas]
+        free, taken = await self._run(self._look_at_memory, [pid for pid in pids if pid is not None])
+        each = needed(size=meta.artifact.size, before=beside.meta.artifact.size, taken=taken)
+        replicas = options.replica_range[0]
+        if free is not None and replicas * each > free:
+            raise LoadFailed(
+                f"there is too little memory to load it beside {beside.meta.version}: {replicas} x {_megabytes(each)} "
+                f"would be needed, {_megabytes(free)} are available; give the server more memory, or set "
+                'reload="replace" to have replicas replaced one after the other'
+            )
+
+    def _look_at_memory(self, pids: Sequence[int]) -> tuple[int | None, int | None]:
+        """Return what is available, and the most that one of the processes takes."""
+        taken = [self._memory.taken_by(pid) for pid in pids]
+        return self._memory.available(), max((each for each in taken if each is not None), default=None)
 
     def _verify(self, meta: ModelVersion, options: ModelOptions) -> None:
         """Refuse a row that nobody trusted signed before any of it is believed; the rest is pinned by what it says."""
@@ -213,6 +305,24 @@ def _runtime(options: ModelOptions, place: int) -> Runtime:
 def _release(fetching: asyncio.Future[Lease]) -> None:
     if not fetching.cancelled() and fetching.exception() is None:
         fetching.result().release()
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+async def _start(pool: Pool, proof: Proof, before: LoadedVersion | None) -> None:
+    """Start the pool in full, or with one replica in the room of the version before."""
+    if before is None:
+        await pool.start(proof)
+        return
+    await before.make_room()
+    try:
+        await pool.start(proof, replicas=1)
+    except BaseException:
+        await asyncio.shield(pool.stop())
+        before.take_room_back()
+        raise
 
 
 async def _discard(pool: Pool, artifact: Lease) -> None:

@@ -29,6 +29,7 @@ from modelserve.live import Live, ModelStatus
 from modelserve.loading import LoadedVersion, Loader
 from modelserve.ports import TrustedKey
 from modelserve.registry import Registry
+from modelserve.snapshots import Snapshots
 from modelserve.types import Json, ModelVersion, Prediction, Row
 
 T = TypeVar("T")
@@ -70,6 +71,7 @@ class AsyncModelServer:
         self._poll_s = poll_s
         self._trusted_keys = signing.trusted_keys(trusted_keys)
         _refuse_unmeetable(self._models or {}, self._trusted_keys)
+        self._snapshots = Snapshots(self._cache_dir, registry.shown_url)
         self._observers = Observers()
         self._live: Live | None = None
         self._executors: tuple[ThreadPoolExecutor, ...] = ()
@@ -217,7 +219,13 @@ class AsyncModelServer:
         try:
             loader = await self._loop.run_in_executor(self._loads, self._open_loader)
             self._live = Live(
-                self.registry, loader, self._sql, models=self._models, observers=self._observers, poll_s=self._poll_s
+                self.registry,
+                loader,
+                self._sql,
+                models=self._models,
+                observers=self._observers,
+                poll_s=self._poll_s,
+                snapshots=self._snapshots,
             )
             await self._live.start()
         except BaseException:
@@ -265,7 +273,12 @@ class AsyncModelServer:
         return self._live
 
     def _open_loader(self) -> Loader:
-        self._cache = DiskCache(self._cache_dir, max_bytes=self._cache_bytes, download_limit_s=self._download_limit_s)
+        self._cache = DiskCache(
+            self._cache_dir,
+            max_bytes=self._cache_bytes,
+            download_limit_s=self._download_limit_s,
+            spared=self._snapshots.artifact_keys,
+        )
         return Loader(
             self.registry.artifacts, self._cache, self._loads, self._observers, trusted_keys=self._trusted_keys
         )

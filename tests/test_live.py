@@ -125,7 +125,7 @@ class FakeLoader:
         self.cancelled: list[int] = []
         self.loaded: list[FakeVersion] = []
 
-    async def load(self, meta: ModelVersion, options: ModelOptions) -> FakeVersion:
+    async def load(self, meta: ModelVersion, options: ModelOptions, *, beside: FakeVersion | None) -> FakeVersion:
         self.started.append(meta.id)
         try:
             await asyncio.sleep(self.seconds.get(meta.id, 0.1))

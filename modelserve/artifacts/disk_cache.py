@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Final, NamedTuple, Self
@@ -73,21 +73,34 @@ class Lease:
         self.release()
 
 
+def _none() -> tuple[str, ...]:
+    """Name no artifact."""
+    return ()
+
+
 class DiskCache:
     """Artifacts under ``folder``, at most ``max_bytes`` of them (None: no bound), least recently used out first.
 
-    Fetching one may take ``download_limit_s`` seconds, with all attempts. Thread-safe; any number of processes may
-    share a folder, and a fork may copy the cache at any moment. What a process finds on the disk is verified the
-    first time that process uses it.
+    What ``spared()`` names, by its keys, goes only when there is nothing else to remove. Fetching one may take
+    ``download_limit_s`` seconds, with all attempts.
+
+    Thread-safe; any number of processes may share a folder, and a fork may copy the cache at any moment. What a
+    process finds on the disk is verified the first time that process uses it.
     """
 
     def __init__(
-        self, folder: str | Path, *, max_bytes: int | None = None, download_limit_s: float = DOWNLOAD_LIMIT_S
+        self,
+        folder: str | Path,
+        *,
+        max_bytes: int | None = None,
+        download_limit_s: float = DOWNLOAD_LIMIT_S,
+        spared: Callable[[], Collection[str]] = _none,
     ) -> None:
         self._folder = Path(folder).absolute()
         self._temp = self._folder / "temp"
         self._max_bytes = max_bytes
         self._download_limit_s = download_limit_s
+        self._spared = spared
         self._process = _Process()
         with self._disk_errors():
             self._temp.mkdir(parents=True, exist_ok=True)
@@ -234,8 +247,11 @@ class DiskCache:
             self._free(found, sum(each.size for each in found) - self._max_bytes)
 
     def _free(self, found: Sequence[_OnDisk], wanted: int) -> None:
-        """Remove what is not in use, used longest ago first, until that many bytes are gone."""
-        for each in sorted(found, key=lambda each: each.last_use_ns):
+        """Remove what is not in use, what is spared last and used longest ago first, until that many bytes are gone."""
+        if wanted <= 0:
+            return
+        spared = self._spared()
+        for each in sorted(found, key=lambda each: (each.key in spared, each.last_use_ns)):
             if wanted <= 0:
                 return
             if self._is_removed(each.key):

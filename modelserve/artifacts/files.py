@@ -178,11 +178,11 @@ def names(path: Path, file: IO[bytes]) -> bool:
 
 
 @contextlib.contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Give whether nobody holds the file or folder; if so, nobody does until the end."""
+def claim(path: Path, patience_s: float = 0.0) -> Iterator[bool]:
+    """Give whether nobody holds the file or folder, now or in time; if so, nobody does until the end."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with _alone(descriptor) as alone:
+        with _alone(descriptor, patience_s) as alone:
             yield alone
     finally:
         os.close(descriptor)

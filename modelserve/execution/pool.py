@@ -24,6 +24,8 @@ from modelserve.types import Json, PoolStatus, Row, Scaling
 _log = logging.getLogger("modelserve")
 _TICK_S: Final = 0.5
 _LONGEST_WAIT_S: Final = 60.0  # that a refused caller is told to wait
+_FIRST_PAUSE_S: Final = 1.0  # before a missing replica that did not start is tried again
+_LAST_PAUSE_S: Final = 60.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,9 @@ class Pool:
         self._circuit = Circuit()
         self._seats: list[Seat] = []
         self._leaving: set[Seat] = set()
+        self._opening: dict[Seat, asyncio.Task[None]] = {}
+        self._confined = self._stopped = False
+        self._fill_at, self._fill_pause_s = -math.inf, _FIRST_PAUSE_S
         self._restarts = 0  # of seats that are gone
         self._history: deque[Sample] = deque()
         self._refused = 0  # as of the last sample
@@ -92,13 +97,15 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._prove: Prove
 
-    async def start(self, prove: Prove) -> None:
+    async def start(self, prove: Prove, *, replicas: int | None = None) -> None:
         """Load every replica and ``prove`` it before it takes a row.
 
+        With ``replicas`` it is so many, and no more until :meth:`release`.
         Raises what loading or proving raised, and leaves no replica behind, if one of them fails.
         """
         self._prove = prove
-        for _ in range(self._options.smallest):
+        self._confined = replicas is not None
+        for _ in range(self._options.smallest if replicas is None else replicas):
             self._seats.append(self._new_seat())
         opened = await asyncio.gather(*(seat.open() for seat in self._seats), return_exceptions=True)
         for outcome in opened:
@@ -115,12 +122,34 @@ class Pool:
 
     async def stop(self) -> None:
         """Fail what waits, finish what runs, free the replicas."""
+        self._stopped = True
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self._batcher.close()
         await asyncio.gather(*(seat.close() for seat in (*self._seats, *self._leaving)))
+
+    async def confine(self, replicas: int) -> None:
+        """Have at most so many replicas until :meth:`release`; return when the others have finished and are freed.
+
+        Those that do not answer anyway go first.
+        """
+        self._confined = True
+        by_worth = sorted(self._seats, key=lambda seat: (not seat.alive, seat.place))
+        leaving = [self._dismiss(seat) for seat in by_worth[replicas:]]
+        if leaving:
+            await asyncio.wait(leaving)  # and whoever loses patience meanwhile does not stop them half-way
+
+    def release(self) -> None:
+        """Grow back to the smallest number of replicas, in the background, and scale again from there."""
+        self._confined = False
+        self._fill()
+
+    @property
+    def size(self) -> int:
+        """How many replicas there are, those that start included."""
+        return len(self._seats)
 
     @property
     def alive(self) -> bool:
@@ -199,6 +228,8 @@ class Pool:
             await asyncio.sleep(_TICK_S)
             try:
                 self._kill_hung()
+                self._sample()
+                self._fill()
                 self._scale()
                 if self._batcher.runners and self._circuit.lives(self._loop.time()):
                     self._tell(CircuitClosed(*self._name))
@@ -211,8 +242,16 @@ class Pool:
             if seat is not None:
                 seat.kill("a batch did not end, long after its last caller had given up")
 
+    def _fill(self) -> None:
+        """Start what is missing of the smallest number, unless it failed to start a moment ago."""
+        if self._confined or self._stopped or self._loop.time() < self._fill_at:
+            return
+        while len(self._seats) < self._options.smallest:
+            self._add()
+
     def _scale(self) -> None:
-        self._sample()
+        if self._confined:
+            return
         options, before = self._options, len(self._seats)
         change = decide(
             self._history,
@@ -229,13 +268,9 @@ class Pool:
             *self._name, before, before + change, mean_depth(self._history, since=now - options.scaling.out_after_s)
         )
         if change > 0:
-            seat = self._new_seat()
-            self._seats.append(seat)
-            self._in_background(self._grow(seat, scaled))
+            self._add(scaled)
         else:
-            seat = self._seats.pop()
-            self._leaving.add(seat)
-            self._in_background(self._shrink(seat, scaled))
+            self._dismiss(self._seats[-1], scaled)
 
     def _sample(self) -> None:
         now, refused = self._loop.time(), self._batcher.refused
@@ -245,24 +280,48 @@ class Pool:
         while self._history[0].at < now - max(scaling.in_after_s, scaling.out_after_s) - 2 * _TICK_S:
             self._history.popleft()
 
-    async def _grow(self, seat: Seat, scaled: PoolScaled) -> None:
+    def _add(self, scaled: PoolScaled | None = None) -> None:
+        seat = self._new_seat()
+        self._seats.append(seat)
+        self._opening[seat] = self._in_background(self._grow(seat, scaled))
+
+    async def _grow(self, seat: Seat, scaled: PoolScaled | None) -> None:
         try:
             await seat.open()
         except Exception as error:  # noqa: BLE001  # the pool goes on as it was; the next decision tries again
             _log.warning("a further replica of %s %s did not start: %s", *self._name, error)
-            self._seats.remove(seat)
+            if seat in self._seats:  # it was not dismissed at this very moment
+                self._seats.remove(seat)
+            self._fill_at = self._loop.time() + self._fill_pause_s
+            self._fill_pause_s = min(_LAST_PAUSE_S, 2 * self._fill_pause_s)
             return
-        self._scaled_out += 1
-        self._tell(scaled)
+        finally:
+            self._opening.pop(seat, None)
+        self._fill_pause_s = _FIRST_PAUSE_S
+        if scaled is not None:
+            self._scaled_out += 1
+            self._tell(scaled)
 
-    async def _shrink(self, seat: Seat, scaled: PoolScaled) -> None:
+    def _dismiss(self, seat: Seat, scaled: PoolScaled | None = None) -> asyncio.Task[None]:
+        self._seats.remove(seat)
+        self._leaving.add(seat)
+        return self._in_background(self._shrink(seat, scaled))
+
+    async def _shrink(self, seat: Seat, scaled: PoolScaled | None) -> None:
+        """Take a replica away when it has finished what it has in hand; one that starts is given up."""
+        opening = self._opening.pop(seat, None)
+        if opening is not None:
+            opening.cancel()
+            await asyncio.wait([opening])
         await seat.close()
         self._leaving.discard(seat)
         self._restarts += seat.restarts
-        self._scaled_in += 1
-        self._tell(scaled)
+        if scaled is not None:
+            self._scaled_in += 1
+            self._tell(scaled)
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name="modelserve-pool")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

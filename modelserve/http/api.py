@@ -107,8 +107,14 @@ class Api:
 
     async def _ready(self, _: Request) -> Response:
         ready = self._server.ready
-        models = {status.model_name: _state(status) for status in self._server.status()}
-        body = {"status": "ready" if ready else "not ready", "models": models}
+        served = self._server.status()
+        body: dict[str, Json] = {
+            "status": "ready" if ready else "not ready",
+            "models": {status.model_name: _state(status) for status in served},
+        }
+        stale = {status.model_name: status.stale.isoformat() for status in served if status.stale is not None}
+        if stale:
+            body["stale"] = stale
         return _answer(body, 200 if ready else 503)
 
     async def _openapi(self, request: Request) -> Response:
@@ -194,6 +200,7 @@ def _summary(status: ModelStatus) -> dict[str, Json]:
         "production": status.production,
         "previous": status.previous,
         "generation": {"wanted": status.wanted, "applied": status.applied},
+        "stale": None if status.stale is None else status.stale.isoformat(),
         "queue_depth": status.queue_depth,
     }
 

@@ -164,6 +164,11 @@ class Registry:
         return self._hints.subscribe(listener)
 
     @property
+    def shown_url(self) -> str:
+        """The URL of the database, without its secrets."""
+        return self._database.shown_url
+
+    @property
     def artifacts(self) -> ArtifactStore:
         """The store of the models' bytes. Without ``artifacts=`` it is a folder beside a SQLite file."""
         if not isinstance(self._artifacts, ArtifactStore):

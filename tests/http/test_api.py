@@ -313,6 +313,7 @@ def test_the_models_are_listed_by_name(call: Caller) -> None:
         "production": "1",
         "previous": None,
         "generation": {"wanted": 2, "applied": 2},
+        "stale": None,
         "queue_depth": 0,
     }
 
