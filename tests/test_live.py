@@ -9,6 +9,7 @@ import datetime as dt
 import logging
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelserve.config import ModelOptions
-from modelserve.errors import BackendUnavailable, LoadFailed, ModelNotFound, NotReady, VersionNotFound
+from modelserve.errors import BackendUnavailable, LoadFailed, ModelNotFound, NotReady, SchemaOutdated, VersionNotFound
 from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
-from modelserve.live import Live
+from modelserve.live import Live, ModelStatus
+from modelserve.snapshots import Snapshots
 from modelserve.testing.clock import VirtualTimeLoop
 from modelserve.types import Artifact, DeploymentState, ModelVersion
+
+YEAR = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
 
 def version(number: int) -> ModelVersion:
@@ -38,7 +42,7 @@ def version(number: int) -> ModelVersion:
         metrics={},
         tags={},
         status="staging",
-        created_at=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+        created_at=YEAR,
     )
 
 
@@ -122,11 +126,13 @@ class FakeLoader:
         self.seconds: dict[int, float] = {}
         self.failing: set[int] = set()
         self.started: list[int] = []
+        self.beside: list[str | None] = []
         self.cancelled: list[int] = []
         self.loaded: list[FakeVersion] = []
 
     async def load(self, meta: ModelVersion, options: ModelOptions, *, beside: FakeVersion | None) -> FakeVersion:
         self.started.append(meta.id)
+        self.beside.append(beside and beside.meta.version)
         try:
             await asyncio.sleep(self.seconds.get(meta.id, 0.1))
         except asyncio.CancelledError:
@@ -170,11 +176,22 @@ class World:
             models=options.pop("models", None),
             observers=observers,
             poll_s=1.0,
+            snapshots=options.pop("snapshots", None),
+            now=self.time,
         )
 
     @property
     def serving(self) -> str:
         return self.live["m"].production.meta.version
+
+    @property
+    def status(self) -> ModelStatus:
+        return self.live.status()[0]
+
+    @staticmethod
+    def time() -> dt.datetime:
+        """Tell the virtual time as a date."""
+        return YEAR + dt.timedelta(seconds=asyncio.get_running_loop().time())
 
     async def hint(self) -> None:
         self.registry.hint()
@@ -444,6 +461,212 @@ def test_a_load_that_ends_while_the_registry_is_down_is_taken_in_afterwards() ->
         assert world.serving == "2"
 
     run(scenario)
+
+
+def test_what_is_served_is_stale_while_the_registry_cannot_be_read(tmp_path: Path) -> None:
+    """The status says since when, and stops saying so when the registry answers; readiness is not touched."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        assert world.status.stale is None
+        await asyncio.sleep(0.5)
+        world.registry.down = True
+        await asyncio.sleep(5)
+        assert world.status.ready
+        assert world.status.stale is not None
+        assert 0.9 < (world.status.stale - YEAR).total_seconds() < 1.5
+        world.registry.down = False
+        await asyncio.sleep(1.5)
+        assert world.status.stale is None
+
+    run(scenario)
+
+
+def kept(folder: Path, number: int, generation: int, saved: dt.datetime = YEAR, **changes: Any) -> Snapshots:
+    """Return snapshots with one in it, as an earlier process left it."""
+    made = dataclasses.replace(version(number), **changes)
+    state = DeploymentState(model_name="m", generation=generation, production=made, previous=None)
+    Snapshots(folder, "url", now=lambda: saved).save(state)
+    return Snapshots(folder, "url", now=World.time)
+
+
+@pytest.mark.promise("P4")
+@pytest.mark.parametrize("models", [None, {"m": ModelOptions()}])
+def test_a_start_without_registry_serves_what_was_applied_last(
+    tmp_path: Path, models: dict[str, ModelOptions] | None
+) -> None:
+    """A snapshot stands in, said to be stale since it was written; the registry takes over when it is back."""
+    saved = YEAR - dt.timedelta(hours=1)
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        world.registry.promote(2)
+        world.registry.down = True
+        await world.live.start()
+        assert world.serving == "1"
+        assert world.status.stale == saved
+        assert (world.status.ready, world.status.wanted, world.status.applied) == (True, 1, 1)
+        world.registry.down = False
+        await asyncio.sleep(1.5)
+        assert world.serving == "2"
+        assert world.status.stale is None
+        assert world.live["m"].generation == 2
+
+    run(scenario, models=models, snapshots=kept(tmp_path, 1, 1, saved))
+
+
+def test_a_snapshot_that_is_still_true_is_not_loaded_again(tmp_path: Path) -> None:
+    """When the registry is back and wants what stands in already, only the mark goes away."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        world.registry.down = True
+        await world.live.start()
+        world.registry.down = False
+        await asyncio.sleep(1.5)
+        assert world.status.stale is None
+        assert world.loader.started == [1]
+
+    run(scenario, snapshots=kept(tmp_path, 1, 1))
+
+
+def test_a_readable_registry_is_believed_and_no_snapshot(tmp_path: Path) -> None:
+    """A snapshot of a higher generation means nothing to a server that can ask, and is replaced."""
+    snapshots = kept(tmp_path, 9, 50, YEAR - dt.timedelta(days=1))
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        assert world.loader.started == [1]
+        await asyncio.sleep(0)
+
+    run(scenario, snapshots=snapshots)
+    assert snapshots.load()["m"].state.generation == 1
+
+
+def test_models_that_are_not_asked_for_are_not_served_from_snapshots(tmp_path: Path) -> None:
+    """An explicit list bounds a start without the registry too, and a model without a snapshot waits."""
+
+    async def scenario(world: World) -> None:
+        world.registry.down = True
+        await world.live.start()
+        with pytest.raises(ModelNotFound):
+            world.live["m"]
+        with pytest.raises(NotReady, match="it is down"):
+            world.live["other"]
+        assert world.loader.started == []
+
+    run(scenario, models={"other": ModelOptions()}, snapshots=kept(tmp_path, 1, 1))
+
+
+def test_a_snapshot_that_does_not_load_is_retried_until_the_registry_is_back(tmp_path: Path) -> None:
+    """What is missing in the cache keeps the model waiting with a reason, and nothing else."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(2)
+        world.registry.down = True
+        world.loader.failing.add(1)
+        await world.live.start()
+        with pytest.raises(NotReady, match="does not load"):
+            world.live["m"]
+        await asyncio.sleep(4)
+        assert world.loader.started == [1, 1, 1]
+        assert world.status.stale is None
+        world.registry.down = False
+        await asyncio.sleep(1.5)
+        assert world.serving == "2"
+
+    run(scenario, snapshots=kept(tmp_path, 1, 1, artifact=version(1).artifact))
+
+
+def test_a_registry_that_refuses_is_not_stood_in_for(tmp_path: Path) -> None:
+    """Tables of another release are for somebody to mend: a start does not hide that behind a snapshot."""
+
+    async def scenario(world: World) -> None:
+        world.registry.bug = SchemaOutdated("1", "2")
+        await world.live.start()
+        with pytest.raises(NotReady, match="modelserve db upgrade"):
+            world.live["m"]
+        assert world.loader.started == []
+
+    run(scenario, snapshots=kept(tmp_path, 1, 1))
+
+
+@pytest.mark.promise("P4")
+def test_a_registry_that_lags_is_ignored_and_one_that_has_gone_back_is_followed(tmp_path: Path) -> None:
+    """A lower generation counts when it has been read for a minute, also against a snapshot; then it is kept."""
+    snapshots = kept(tmp_path, 1, 50, YEAR, created_at=YEAR - dt.timedelta(days=9))
+
+    async def scenario(world: World) -> None:
+        world.registry.down = True
+        await world.live.start()
+        world.registry.promote(1)  # of the same id and name, in a database that is new
+        fresh = world.registry.state
+        world.registry.down = False
+        await asyncio.sleep(50)
+        assert world.live["m"].generation == 50
+        assert "gone back from generation 50 to 1" in str(world.status.problem)
+        world.registry.state = dataclasses.replace(fresh, generation=50)  # type: ignore[type-var]
+        await asyncio.sleep(2)
+        assert world.live["m"].production.meta.created_at == YEAR
+        world.registry.state = fresh
+        await asyncio.sleep(50)
+        assert world.live["m"].generation == 50
+        await asyncio.sleep(15)
+        assert world.live["m"].generation == 1
+        assert world.status.problem is None
+        assert world.loader.started == [1, 1]
+
+    run(scenario, snapshots=snapshots)
+    assert snapshots.load()["m"].state.generation == 1
+
+
+def test_another_registry_with_the_same_generation_is_found_within_a_minute() -> None:
+    """A database that was filled anew can have the old numbers by chance; what they stand for is compared."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        assert world.registry.state is not None
+        other = dataclasses.replace(version(1), created_at=YEAR + dt.timedelta(days=1))
+        world.registry.state = dataclasses.replace(world.registry.state, production=other)
+        await asyncio.sleep(62)
+        assert world.live["m"].production.meta == other
+        assert world.loader.alive == [1]
+
+    run(scenario)
+
+
+def test_a_snapshot_that_could_not_be_kept_is_kept_later(tmp_path: Path) -> None:
+    """Serving goes on while the cache folder cannot be written, and what is applied is noted when it can."""
+    snapshots = Snapshots(tmp_path, "url", now=World.time)
+
+    async def scenario(world: World) -> None:
+        (tmp_path / "applied").write_text("in the way")
+        world.registry.promote(1)
+        await world.live.start()
+        assert world.serving == "1"
+        (tmp_path / "applied").unlink()
+        await asyncio.sleep(62)
+        assert snapshots.load()["m"].state == world.registry.state
+
+    run(scenario, snapshots=snapshots)
+
+
+def test_in_place_of_another_the_previous_version_is_not_kept() -> None:
+    """``reload="replace"`` is for where there is no room for two: the one before is freed after the swap."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.promote(2)
+        await world.hint()
+        await asyncio.sleep(0.5)
+        assert world.loader.alive == [2]
+        assert world.loader.beside == [None, "1"]
+
+    run(scenario, models={"m": ModelOptions(reload="replace", keep_previous=True)})
 
 
 def test_before_the_first_look_no_model_is_called_unknown() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from modelserve.artifacts import DiskCache
 from modelserve.config import ModelOptions
 from modelserve.errors import ArtifactUnsafe, LoadFailed
 from modelserve.execution import cores, thread
-from modelserve.loading import Loader
+from modelserve.loading import LoadedVersion, Loader
+from modelserve.memory import Memory
 from modelserve.testing.models import tells, telltale
 from modelserve.types import Runtime
 
@@ -215,3 +217,200 @@ async def test_a_cancelled_load_leaves_nothing_behind(loader: Loader, registry: 
     await loaded.unload()
     assert await no_replica_is_left()
     assert +loader._cache._of_this_process()._leases == {}
+
+
+# -- in place of another -----------------------------------------------------------------------------------
+
+
+class LittleMemory(Memory):
+    """Tells what a test says."""
+
+    def __init__(self, available: int | None, taken: int | None = None) -> None:
+        super().__init__()
+        self._figures = available, taken
+
+    def available(self) -> int | None:
+        return self._figures[0]
+
+    def taken_by(self, pid: int) -> int | None:
+        return self._figures[1]
+
+
+def running() -> int:
+    return sum(each.is_alive() for each in replicas())
+
+
+async def answers(loaded: LoadedVersion) -> int:
+    """Return which version answers."""
+    with loaded:
+        answer: Any = await loaded.pool.submit(
+            [loaded.signature.validate({"x": [5.0]})], asyncio.get_running_loop().time() + 10
+        )
+    return tells(answer[0], 5)
+
+
+async def full(loaded: LoadedVersion) -> int:
+    """Return how many replicas answer when all that are to start have started."""
+    if loaded._growing is not None:
+        await loaded._growing
+    await asyncio.gather(*loaded.pool._opening.values())
+    return sum(replica.state == "ready" for replica in loaded.pool.status().replicas)
+
+
+@pytest.fixture
+def at_load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], object]], None]:
+    """Have something done whenever a replica loads its model, in its thread: told how many there are with this one."""
+    from modelserve.adapters.frameworks.sklearn import SklearnFramework  # noqa: PLC0415  # patched for these tests alone
+
+    load, models = SklearnFramework.load, weakref.WeakSet[Any]()
+
+    def install(hook: Callable[[int], object]) -> None:
+        def hooked(self: SklearnFramework, *args: Any) -> Any:
+            hook(len(models) + 1)
+            model = load(self, *args)
+            models.add(model)
+            return model
+
+        monkeypatch.setattr(SklearnFramework, "load", hooked)
+
+    return install
+
+
+@pytest.mark.promise("P7")
+@pytest.mark.parametrize(("replicas", "most"), [(1, 2), (2, 2), (3, 3)])
+async def test_replicas_are_replaced_without_ever_having_more_of_them(
+    loader: Loader, registry: ms.Registry, at_load: Callable[..., None], replicas: int, most: int
+) -> None:
+    """The new version takes the room of one replica, and all of it when the old one is gone. One always answers."""
+    registry.register("m", "2", telltale(2), example=X)
+    options = ModelOptions(replicas=replicas, reload="replace")
+    seen: list[int] = []
+    at_load(seen.append)
+    old = await loader.load(registry.get("m", "1"), options)
+    seen.clear()
+    new = await loader.load(registry.get("m", "2"), options, beside=old)
+    assert (await answers(old), await answers(new)) == (1, 2)
+    assert (old.pool.size, new.pool.size) == (max(1, replicas - 1), 1)
+    await old.unload()
+    assert await full(new) == replicas
+    assert len(seen) == replicas
+    assert max(seen) == most
+    assert await answers(new) == 2
+    await new.unload()
+    assert await no_replica_is_left()
+    assert +loader._cache._of_this_process()._leases == {}
+
+
+@pytest.mark.promise("P4")
+@pytest.mark.parametrize("outcome", ["fails", "is cancelled", "is not wanted"])
+async def test_a_version_that_does_not_take_over_gives_its_room_back(
+    loader: Loader, registry: ms.Registry, at_load: Callable[..., None], outcome: str
+) -> None:
+    """The old version serves all along and has its full number of replicas again; the next one can have the room."""
+    registry.register("m", "2", telltale(2), example=X)
+    options = ModelOptions(replicas=2, reload="replace")
+    old = await loader.load(registry.get("m", "1"), options)
+    begun, hold, failing = threading.Event(), threading.Event(), [outcome == "fails"]
+
+    def hook(_: int) -> None:
+        begun.set()
+        if failing and failing.pop():
+            raise RuntimeError("no weights")
+        if outcome == "is cancelled":
+            hold.wait(10)
+
+    at_load(hook)
+    loading = asyncio.create_task(loader.load(registry.get("m", "2"), options, beside=old))
+    await asyncio.to_thread(begun.wait, 10)
+    if outcome == "is cancelled":
+        assert old.pool.size == 1
+        assert await answers(old) == 1
+        loading.cancel()
+        hold.set()
+    (result,) = await asyncio.gather(loading, return_exceptions=True)
+    if outcome == "fails":
+        assert isinstance(result, LoadFailed)
+    elif outcome == "is not wanted":
+        assert isinstance(result, LoadedVersion)
+        await result.unload()
+    assert await full(old) == 2
+    assert await answers(old) == 1
+    new = await loader.load(registry.get("m", "2"), options, beside=old)
+    await old.unload()
+    assert await full(new) == 2
+    await new.unload()
+    assert await no_replica_is_left()
+
+
+async def test_only_one_version_at_a_time_has_the_room(
+    loader: Loader, registry: ms.Registry, at_load: Callable[..., None]
+) -> None:
+    """A third version waits until the second one is gone, and until the first one is when the second took over."""
+    for number in (2, 3):
+        registry.register("m", str(number), telltale(number), example=X)
+    options = ModelOptions(replicas=2, reload="replace")
+    seen: list[int] = []
+    at_load(seen.append)
+    first = await loader.load(registry.get("m", "1"), options)
+    second = await loader.load(registry.get("m", "2"), options, beside=first)
+    third = asyncio.create_task(loader.load(registry.get("m", "3"), options, beside=first))
+    await second.unload()
+    unwanted = await third
+    await unwanted.unload()
+    second = await loader.load(registry.get("m", "2"), options, beside=first)
+    with first:
+        leaving = asyncio.create_task(first.unload())
+        third = asyncio.create_task(loader.load(registry.get("m", "3"), options, beside=second))
+        while not second._room.locked():  # noqa: ASYNC110  # a fetch in a thread comes before it, which tells nobody
+            await asyncio.sleep(0)
+        begun = len(seen)
+        await asyncio.wait([leaving], timeout=0)
+        assert len(seen) == begun
+        assert not third.done()
+    await leaving
+    last = await third
+    assert await answers(last) == 3
+    await second.unload()
+    assert await full(last) == 2
+    assert max(seen) == 2
+    await last.unload()
+    assert await no_replica_is_left()
+
+
+def beside_little(loader: Loader, available: int | None, taken: int | None = None) -> Loader:
+    return Loader(loader._store, loader._cache, loader._executor, memory=LittleMemory(available, taken))
+
+
+@pytest.mark.promise("P4")
+async def test_a_version_that_memory_has_no_room_for_is_refused(loader: Loader, registry: ms.Registry) -> None:
+    """Nothing is fetched or started beside what serves; the sentence has the figures and the way out."""
+    second = registry.register("m", "2", telltale(2), example=X)
+    options = ModelOptions(replicas=2)
+    first = await loader.load(registry.get("m", "1"), options)
+    before = running()
+    short = beside_little(loader, 2 * 3 * second.artifact.size - 1)
+    with pytest.raises(LoadFailed, match=r'too little memory .* beside 1: 2 x .* MB .*reload="replace"'):
+        await short.load(second, options, beside=first)
+    assert running() == before
+    enough = beside_little(loader, 2 * 3 * second.artifact.size)
+    for may in (enough, beside_little(loader, None)):
+        await (await may.load(second, options, beside=first)).unload()
+    replacing = ModelOptions(replicas=2, reload="replace")
+    await (await short.load(second, replacing, beside=first)).unload()
+    await (await short.load(second, options)).unload()
+    await first.unload()
+
+
+async def test_the_estimate_is_what_the_workers_of_the_present_version_take(
+    loader: Loader, registry: ms.Registry
+) -> None:
+    """Where replicas are processes, what they were measured to take is asked for each replica of the next one."""
+    options = ModelOptions(executor="process")
+    version = registry.get("m", "1")
+    first = await loader.load(version, options)
+    with pytest.raises(LoadFailed, match=r"1 x 700 MB would be needed, 600 MB are available"):
+        await beside_little(loader, 600_000_000, 700_000_000).load(version, options, beside=first)
+    pids = [replica.detail["pid"] for replica in first.pool.status().replicas]
+    _, taken = loader._look_at_memory(pids)
+    assert taken is None or taken > 5_000_000
+    await first.unload()

@@ -576,6 +576,18 @@ def test_what_was_used_longest_ago_goes_first(store: CountingStore, folder: Path
     assert on_disk(folder) == {a.sha256, c.sha256, d.sha256}
 
 
+def test_what_is_spared_goes_last(store: CountingStore, folder: Path) -> None:
+    """It outlives what was used after it, but not the bound."""
+    spared, *others = (put(store, letter * 10) for letter in (b"s", b"a", b"b", b"c"))
+    cache = DiskCache(folder, max_bytes=20, spared=lambda: {spared.key})
+    for artifact in (spared, *others):
+        read(cache, store, artifact)
+    assert on_disk(folder) == {spared.sha256, others[-1].sha256}
+    big = put(store, b"d" * 20)
+    read(cache, store, big)
+    assert spared.sha256 not in on_disk(folder)
+
+
 def test_without_a_bound_everything_stays(store: CountingStore, folder: Path) -> None:
     """None means none."""
     cache = DiskCache(folder)

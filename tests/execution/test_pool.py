@@ -448,6 +448,102 @@ def test_a_replica_keeps_its_place_and_a_free_place_is_taken_again(run: Callable
     run(scenario())
 
 
+def test_a_confined_pool_gives_replicas_up_and_grows_back(run: Callable[..., Any]) -> None:
+    """It answers with the replicas it keeps, does not scale meanwhile, and has its full number after the release."""
+
+    async def scenario() -> None:
+        world = World()
+        world.batch_s = 0.1
+        pool = world.pool(smallest=3, largest=4, max_rows=8, scaling=SCALING)
+        await pool.start(prove)
+        await pool.confine(2)
+        assert (world.living, pool.size) == (2, 2)
+        await crowd(pool, 300, 20.0)
+        assert world.living == 2
+        await asyncio.sleep(5)
+        pool.release()
+        assert pool.size == 3
+        await asyncio.sleep(world.start_s + 0.5)
+        assert world.living == 3
+        assert [len(rows) for rows in world.replicas[3].ran[:3]] == [1, 2, 4]
+        assert sorted(replica.place for replica in world.replicas if replica.alive) == [0, 1, 2]
+        assert await ask(pool, 4.0) == [8.0]
+        await pool.stop()
+        assert world.living == 0
+
+    run(scenario())
+
+
+def test_a_replica_that_gives_way_answers_what_it_has_in_hand(run: Callable[..., Any]) -> None:
+    """Confining waits for the batch that runs; whoever stops waiting for that does not leave half a replica."""
+
+    async def scenario() -> None:
+        world = World()
+        pool = world.pool(smallest=2, largest=2, max_rows=1)
+        await pool.start(prove)
+        world.batch_s = 4.0
+        answers = [asyncio.create_task(outcome(pool, value)) for value in (1.0, 2.0)]
+        await asyncio.sleep(0.1)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(pool.confine(1), 1.0)
+        assert await asyncio.gather(*answers) == [2.0, 4.0]
+        await asyncio.sleep(0.1)
+        assert (world.living, pool.size) == (1, 1)
+        await pool.stop()
+        assert world.living == 0
+
+    run(scenario())
+
+
+def test_replicas_that_do_not_answer_give_way_first(run: Callable[..., Any]) -> None:
+    """One that is dead, and one that is only starting, go before one that serves."""
+
+    async def scenario() -> None:
+        world = World()
+        pool = world.pool(smallest=2, largest=2)
+        await pool.start(prove)
+        world.start_s = 100.0
+        world.replicas[0].kill("gone")
+        await asyncio.sleep(1)
+        await pool.confine(1)
+        assert pool.alive
+        assert await ask(pool, 4.0) == [8.0]
+        pool.release()
+        await asyncio.sleep(1)
+        assert pool.size == 2
+        began = now()
+        await pool.confine(1)
+        assert now() - began < 1
+        assert await ask(pool, 4.0) == [8.0]
+        await pool.stop()
+        assert all(replica.over is None or replica.over.done() for replica in world.replicas)
+
+    run(scenario())
+
+
+def test_a_pool_that_starts_with_fewer_grows_when_it_is_released(run: Callable[..., Any]) -> None:
+    """Replicas that do not start then are tried again, with pauses, and what serves is not touched."""
+
+    async def scenario() -> None:
+        world = World()
+        pool = world.pool(smallest=3, largest=3)
+        await pool.start(prove, replicas=1)
+        await asyncio.sleep(10)
+        assert world.living == 1
+        world.failing_starts = 3
+        pool.release()
+        await asyncio.sleep(1.1)
+        assert (world.living, pool.size) == (1, 1)
+        await asyncio.sleep(20)
+        assert world.living == 3
+        assert await ask(pool, 4.0) == [8.0]
+        await pool.stop()
+        pool.release()
+        assert world.living == 0
+
+    run(scenario())
+
+
 def test_refused_calls_count_as_demand(run: Callable[..., Any]) -> None:
     """A queue that admission keeps short does not hide the need for another replica."""
 
