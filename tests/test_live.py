@@ -132,7 +132,7 @@ class FakeLoader:
 
     async def load(self, meta: ModelVersion, options: ModelOptions, *, beside: FakeVersion | None) -> FakeVersion:
         self.started.append(meta.id)
-        self.beside.append(beside and beside.meta.version)
+        self.beside.append(beside.meta.version if beside is not None else None)
         try:
             await asyncio.sleep(self.seconds.get(meta.id, 0.1))
         except asyncio.CancelledError:
