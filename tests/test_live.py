@@ -638,6 +638,24 @@ def test_another_registry_with_the_same_generation_is_found_within_a_minute() ->
     run(scenario)
 
 
+def test_a_registry_that_knows_no_such_model_any_more_takes_nothing_away() -> None:
+    """A database that was emptied leaves its models serving, and a version of its own replaces them."""
+
+    async def scenario(world: World) -> None:
+        for number in (1, 2, 3):
+            world.registry.promote(number)
+        await world.live.start()
+        world.registry.state = None
+        await asyncio.sleep(200)
+        assert world.serving == "3"
+        assert world.status.ready
+        world.registry.promote(4)
+        await asyncio.sleep(65)
+        assert world.serving == "4"
+
+    run(scenario)
+
+
 def test_a_snapshot_that_could_not_be_kept_is_kept_later(tmp_path: Path) -> None:
     """Serving goes on while the cache folder cannot be written, and what is applied is noted when it can."""
     snapshots = Snapshots(tmp_path, "url", now=World.time)
