@@ -164,7 +164,7 @@ def _children() -> set[str]:
         (ms.ModelOptions(), 51, 2),
         (ms.ModelOptions(keep_previous=False), 51, 1),
         (ms.ModelOptions(reload="replace", replicas=2), 12, 1),
-        (ms.ModelOptions(executor="process"), 6, 2),
+        (ms.ModelOptions(executor="process"), 3, 2),
     ],
     ids=["kept", "not kept", "replaced", "processes"],
 )
@@ -201,6 +201,31 @@ async def test_many_promotes_leave_at_most_two_versions_loaded(
             registry.rollback("m")
             await until(lambda: server.status()[0].production == "3", server)
             assert loads == []
+
+
+@pytest.mark.promise("P2")
+@pytest.mark.parametrize("replicas", [1, 2])
+async def test_replicas_are_replaced_under_load_without_a_failure(tmp_path: Path, replicas: int) -> None:
+    """With ``reload="replace"`` every request is answered by the version that it names, promotion after promotion."""
+    registry = ms.Registry(f"sqlite:///{tmp_path}/models.db")
+    register_two(registry)
+    options = {"m": ms.ModelOptions(reload="replace", replicas=replicas)}
+    async with ms.AsyncModelServer(registry, options, cache_dir=tmp_path / "cache", poll_s=3600) as server:
+        stop = asyncio.Event()
+
+        async def caller() -> set[int]:
+            seen = set()
+            while not stop.is_set():
+                seen.add(await answering(server))
+            return seen
+
+        callers = [asyncio.create_task(caller()) for _ in range(8)]
+        for number in (2, 1, 2):
+            registry.promote("m", str(number))
+            await until(lambda: server.status()[0].production == str(number), server)  # noqa: B023  # awaited at once
+        stop.set()
+        assert set().union(*await asyncio.gather(*callers)) == {1, 2}
+        assert (await held(server))["threads"] == replicas
 
 
 # -- without registry and store ----------------------------------------------------------------------------
