@@ -123,6 +123,7 @@ class Settings(BaseSettings):
     artifacts: str | None = None
     cache_dir: Path | None = None
     cache_bytes: int | None = Field(default=None, ge=1)
+    changes: str | None = None
     download_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     poll_s: float = Field(default=1.0, gt=0)
     trusted_keys: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ while an older one is still loading.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import datetime as dt
 import logging
@@ -20,7 +21,7 @@ from modelserve.config import ModelOptions
 from modelserve.errors import BackendUnavailable, ModelNotFound, ModelServeError, NotReady, VersionNotFound
 from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
 from modelserve.loading import LoadedVersion, Loader
-from modelserve.ports import ChangeHints
+from modelserve.ports import ChangeHints, ChangeListener
 from modelserve.snapshots import Snapshot, Snapshots
 from modelserve.types import DeploymentState, ModelVersion, PoolStatus
 
@@ -31,8 +32,12 @@ _RESYNC_S: Final = 60.0  # between two looks at models whose generation has not 
 _GONE_BACK_S: Final = 60.0  # for which a lower generation has to be read before it is believed
 
 
-class Deployments(ChangeHints, Protocol):
+class Deployments(Protocol):
     """What the reconciler reads of a registry."""
+
+    def subscribe(self, listener: ChangeListener) -> Callable[[], None]:
+        """Call ``listener`` on changes that this process makes; return what ends the subscription."""
+        ...
 
     def generations(self) -> dict[str, int]:
         """Return each model's generation; asked at every poll."""
@@ -92,8 +97,9 @@ def _utc_now() -> dt.datetime:
 class Live:
     """Holds a :class:`Deployment` per served model and keeps it as the registry wants it.
 
-    ``models`` names what to serve and how; None serves every model that has a production version. ``snapshots`` keep
-    what was applied, and stand in for a registry that cannot be read when there is nothing to serve yet.
+    ``models`` names what to serve and how; None serves every model that has a production version. ``hints`` tells of
+    changes by other processes; without it they are found by polling. ``snapshots`` keep what was applied, and stand in
+    for a registry that cannot be read when there is nothing to serve yet.
     """
 
     def __init__(
@@ -105,10 +111,14 @@ class Live:
         models: Mapping[str, ModelOptions] | None,
         observers: Observers,
         poll_s: float,
+        hints: ChangeHints | None = None,
         snapshots: Snapshots | None = None,
         now: Callable[[], dt.datetime] = _utc_now,
     ) -> None:
         self._registry = registry
+        self._hints = hints
+        self._heard: set[str | None] = set()
+        self._look_now = asyncio.Event()
         self._loader = loader
         self._executor = executor
         self._snapshots = snapshots
@@ -119,7 +129,7 @@ class Live:
         self._keepers: dict[str, _Keeper] = {}
         self._poll: asyncio.Task[None] | None = None
         self._stopped = False
-        self._unsubscribe: Callable[[], None] = _nothing
+        self._subscriptions: list[Callable[[], None]] = []
         self._problem: str | None = None
         self._lost_since: dt.datetime | None = None
         self._resynced_at = 0.0
@@ -138,7 +148,8 @@ class Live:
     async def start(self) -> None:
         """Load everything wanted. Returns once each model serves, was refused, or has nothing to serve."""
         self._loop = asyncio.get_running_loop()
-        self._unsubscribe = self._registry.subscribe(self._hint)
+        sources = (self._registry,) if self._hints is None else (self._registry, self._hints)
+        self._subscriptions = [source.subscribe(self._hint) for source in sources]
         for name in self._models or ():
             self._keep(name)
         await self._look()
@@ -148,7 +159,8 @@ class Live:
     async def stop(self) -> None:
         """Stop looking, then drain and free every version."""
         self._stopped = True
-        self._unsubscribe()
+        for unsubscribe in self._subscriptions:
+            unsubscribe()
         if self._poll is not None:
             self._poll.cancel()
             await asyncio.wait([self._poll])
@@ -171,17 +183,26 @@ class Live:
 
     # -- looking -------------------------------------------------------------------------------------------
 
-    def _hint(self, model_name: str) -> None:
-        """A change was announced, from whichever thread made it."""
+    def _hint(self, model_name: str | None) -> None:
+        """A change was announced, from whichever thread heard of it."""
+        if self._stopped or model_name in self._heard:  # a flood costs the loop one call, not one each
+            return
+        self._heard.add(model_name)
         self._loop.call_soon_threadsafe(self._nudge, model_name)
 
-    def _nudge(self, model_name: str) -> None:
-        if not self._stopped and (self._models is None or model_name in self._models):
-            self._keep(model_name).look()
+    def _nudge(self, model_name: str | None) -> None:
+        self._heard.discard(model_name)  # before the look: what is heard from now on asks for another
+        keeper = None if model_name is None else self._keepers.get(model_name)
+        if keeper is not None:
+            keeper.look()
+        elif model_name is None or self._models is None:  # a name says too little of what the registry has
+            self._look_now.set()
 
     async def _look_forever(self) -> None:
         while True:
-            await asyncio.sleep(self._poll_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look_now.wait(), self._poll_s)
+            self._look_now.clear()
             await self._look()
 
     async def _look(self) -> None:
@@ -249,10 +270,6 @@ class Live:
             )
             self._keepers[model_name] = keeper
         return keeper
-
-
-def _nothing() -> None:
-    """Do nothing: what there is to undo before anything was done."""
 
 
 _Identity: TypeAlias = tuple[int, str, str, dt.datetime]

@@ -1,7 +1,8 @@
 """Names and URL schemes to adapters, imported only when asked for.
 
 A name is looked up in the built-in table first, then among the entry points of installed packages
-(groups ``modelserve.frameworks`` and ``modelserve.sources``), so a third party adds an adapter without a change here.
+(groups ``modelserve.frameworks``, ``modelserve.sources`` and ``modelserve.changes``), so a third party adds an adapter
+without a change here.
 A driver that is missing answers with the line that installs it.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from modelserve.errors import ConfigError, InvalidInput, MissingDependency
-from modelserve.ports import Converter, Framework, Keys, ModelSource, ObjectReader
+from modelserve.ports import ChangeHints, Converter, Framework, Keys, ModelSource, ObjectReader
 
 FRAMEWORKS: Final = {
     "onnx": "modelserve.adapters.frameworks.onnx:OnnxFramework",
@@ -26,6 +27,14 @@ FRAMEWORKS: Final = {
 }
 _CONVERTERS: Final = {
     ("sklearn", "onnx"): "modelserve.adapters.converters.sklearn_to_onnx:SklearnToOnnx",
+}
+CHANGES: Final = {
+    "postgres": "modelserve.adapters.changes.postgres:PostgresChanges",
+    "postgresql": "modelserve.adapters.changes.postgres:PostgresChanges",
+    "postgresql+psycopg": "modelserve.adapters.changes.postgres:PostgresChanges",
+    "redis": "modelserve.adapters.changes.redis:RedisChanges",
+    "rediss": "modelserve.adapters.changes.redis:RedisChanges",
+    "unix": "modelserve.adapters.changes.redis:RedisChanges",
 }
 _OBJECT_READERS: Final = {
     "s3": "modelserve.adapters.stores.s3:S3Reader",
@@ -71,6 +80,7 @@ _EXTRAS: Final = {
     "onnxruntime": "onnx",
     "pandas": "sklearn",
     "psycopg": "postgres",
+    "redis": "redis",
     "rich": "cli",
     "s3fs": "aws",
     "safetensors": "torch",
@@ -141,6 +151,20 @@ def source(name: str, url: str | None = None) -> ModelSource:
 def keys() -> Keys:
     """Return what makes and reads the keys that versions are signed with. Raises ``MissingDependency``."""
     return cast("Keys", resolve(_KEYS)())
+
+
+def changes(url: str) -> ChangeHints:
+    """Return what tells of changes made by other processes, by the scheme of its URL. It connects to nothing yet.
+
+    Raises ``ConfigError`` for an unknown scheme or a URL that cannot be read, and ``MissingDependency`` when the
+    driver is not installed.
+    """
+    scheme = url.partition("://")[0]
+    target = CHANGES.get(scheme) or _entry_point("modelserve.changes", scheme)
+    if target is None:
+        known = ", ".join(f"{name}://" for name in sorted(CHANGES))
+        raise ConfigError(f"changes: nothing tells of changes under {scheme}://; known: {known}")
+    return cast("ChangeHints", resolve(target)(url))
 
 
 def framework_of(model: object) -> str:

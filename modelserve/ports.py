@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from modelserve.types import SAFE, Columns, FrameworkName, Json, Row, Runtime
 
@@ -207,11 +207,42 @@ class ModelSource(Protocol):
         ...
 
 
+ChangeListener: TypeAlias = Callable[[str | None], None]
+"""Takes the name of a model that may have changed, or None: any may have."""
+PG_CHANNEL: Final = "modelserve"
+"""The channel on which a registry in PostgreSQL notifies of its changes. Each database has its own."""
+
+
+@runtime_checkable
 class ChangeHints(Protocol):
     """Tells that a model's deployment may have changed. Hints may be lost, repeated or late: a poll covers them."""
 
-    def subscribe(self, listener: Callable[[str], None]) -> Callable[[], None]:
-        """Call ``listener(model_name)`` on changes, from any thread; return what ends the subscription."""
+    def subscribe(self, listener: ChangeListener) -> Callable[[], None]:
+        """Call ``listener(model_name)`` on changes, from any thread; return what ends the subscription. Does not wait.
+
+        ``listener(None)`` is called whenever a connection has been made: what changed before it was not told.
+        """
+        ...
+
+    def ping(self) -> None:
+        """Raise ``BackendUnavailable`` when what carries the hints does not answer."""
+        ...
+
+    def close(self) -> None:
+        """End every subscription, the threads and the connections. Safe to call twice; later use starts anew."""
+        ...
+
+
+@runtime_checkable
+class ChangePublisher(Protocol):
+    """Tells other processes of a change, where the database does not do so itself."""
+
+    def publish(self, model_name: str) -> None:
+        """Tell that a model changed, within a short bound. Raises ``BackendUnavailable`` when it could not be told."""
+        ...
+
+    def close(self) -> None:
+        """Close the connections. Later use opens new ones."""
         ...
 
 

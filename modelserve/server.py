@@ -27,7 +27,7 @@ from modelserve.events import Observer, Observers, Served
 from modelserve.ids import uuid7_source
 from modelserve.live import Live, ModelStatus
 from modelserve.loading import LoadedVersion, Loader
-from modelserve.ports import TrustedKey
+from modelserve.ports import ChangeHints, TrustedKey
 from modelserve.registry import Registry
 from modelserve.snapshots import Snapshots
 from modelserve.types import Json, ModelVersion, Prediction, Row
@@ -44,9 +44,10 @@ class AsyncModelServer:
     """Serves models inside an asyncio host.
 
     ``models`` names what to serve and how (None: every model that has a production version). Artifacts are kept
-    under ``cache_dir``, at most ``cache_bytes`` of them, and fetching one may take ``download_limit_s`` seconds; the
-    registry is polled every ``poll_s`` seconds. With ``trusted_keys`` (Ed25519 public keys: PEM texts or the paths of
-    files), a version that none of them signed is refused.
+    under ``cache_dir``, at most ``cache_bytes`` of them, and fetching one may take ``download_limit_s`` seconds. The
+    registry is polled every ``poll_s`` seconds; ``changes`` tells of changes by other processes sooner: ``"postgres"``
+    (the registry's own database) or ``"redis://…"``. With ``trusted_keys`` (Ed25519 public keys: PEM texts or the paths
+    of files), a version that none of them signed is refused.
 
     Use it as ``async with AsyncModelServer(registry) as server``. All of it belongs to the loop that started it.
     """
@@ -59,10 +60,13 @@ class AsyncModelServer:
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
         download_limit_s: float = DOWNLOAD_LIMIT_S,
+        changes: str | ChangeHints | None = None,
         poll_s: float = 1.0,
         trusted_keys: Sequence[str | Path | TrustedKey] = (),
     ) -> None:
         self.registry = registry
+        self._hints = registry.change_hints(changes) if isinstance(changes, str) else changes
+        self._own_hints = self._hints if isinstance(changes, str) else None
         self._models = None if models is None else dict(models)
         self._cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_folder()
         self._cache_bytes = cache_bytes
@@ -225,6 +229,7 @@ class AsyncModelServer:
                 models=self._models,
                 observers=self._observers,
                 poll_s=self._poll_s,
+                hints=self._hints,
                 snapshots=self._snapshots,
             )
             await self._live.start()
@@ -247,6 +252,8 @@ class AsyncModelServer:
             self._cache.close()  # or the interpreter, when it exits, waits for a download that nobody wants
         if live is not None:
             await live.stop()
+        if live is not None and self._own_hints is not None:
+            await self._loop.run_in_executor(self._sql, self._own_hints.close)
         for executor in self._executors:
             executor.shutdown(wait=False)
 
@@ -299,6 +306,7 @@ class ModelServer:
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
         download_limit_s: float = DOWNLOAD_LIMIT_S,
+        changes: str | ChangeHints | None = None,
         poll_s: float = 1.0,
         trusted_keys: Sequence[str | Path | TrustedKey] = (),
     ) -> None:
@@ -308,6 +316,7 @@ class ModelServer:
             cache_dir=cache_dir,
             cache_bytes=cache_bytes,
             download_limit_s=download_limit_s,
+            changes=changes,
             poll_s=poll_s,
             trusted_keys=trusted_keys,
         )
@@ -440,11 +449,12 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 
 def _from_settings(settings: Settings) -> dict[str, Any]:
     return {
-        "registry": Registry(settings.registry, artifacts=settings.artifacts),
+        "registry": Registry(settings.registry, artifacts=settings.artifacts, changes=settings.changes),
         "models": settings.models,
         "cache_dir": settings.cache_dir,
         "cache_bytes": settings.cache_bytes,
         "download_limit_s": settings.download_limit_s,
+        "changes": settings.changes,
         "poll_s": settings.poll_s,
         "trusted_keys": settings.trusted_keys,
     }

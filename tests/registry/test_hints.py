@@ -12,7 +12,7 @@ from modelserve.registry.hints import Hints
 def test_listeners_hear_in_order_until_they_end_it() -> None:
     """Each listener gets each name once, and nothing after it unsubscribed."""
     hints = Hints()
-    heard: list[tuple[str, str]] = []
+    heard: list[tuple[str, str | None]] = []
     end_first = hints.subscribe(lambda name: heard.append(("first", name)))
     hints.subscribe(lambda name: heard.append(("second", name)))
     hints.publish("churn")
@@ -24,7 +24,7 @@ def test_listeners_hear_in_order_until_they_end_it() -> None:
 def test_one_listener_subscribed_twice_is_two_subscriptions() -> None:
     """Ending one of them, even twice, leaves the other."""
     hints = Hints()
-    heard: list[str] = []
+    heard: list[str | None] = []
     end = hints.subscribe(heard.append)
     hints.subscribe(heard.append)
     end()
@@ -36,9 +36,9 @@ def test_one_listener_subscribed_twice_is_two_subscriptions() -> None:
 def test_a_listener_that_raises_is_logged_and_the_next_is_called(caplog: pytest.LogCaptureFixture) -> None:
     """One bad listener costs neither the change nor the other listeners."""
     hints = Hints()
-    heard: list[str] = []
+    heard: list[str | None] = []
 
-    def bad(name: str) -> None:
+    def bad(name: str | None) -> None:
         raise RuntimeError(name)
 
     hints.subscribe(bad)
@@ -53,9 +53,9 @@ def test_a_listener_that_raises_is_logged_and_the_next_is_called(caplog: pytest.
 def test_a_listener_may_unsubscribe_while_it_is_called() -> None:
     """A one-shot listener is possible."""
     hints = Hints()
-    heard: list[str] = []
+    heard: list[str | None] = []
 
-    def once(name: str) -> None:
+    def once(name: str | None) -> None:
         heard.append(name)
         end()
 

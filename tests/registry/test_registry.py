@@ -141,7 +141,7 @@ def test_promoting_archives_the_one_before(abc: Registry) -> None:
 def test_promoting_what_is_in_production_changes_nothing(abc: Registry) -> None:
     """No generation, no event, no hint."""
     abc.promote("churn", "A")
-    heard: list[str] = []
+    heard: list[str | None] = []
     abc.subscribe(heard.append)
     assert abc.promote("churn", "A").version == "A"
     assert in_brief(abc) == (4, "A", None)
@@ -314,7 +314,7 @@ def test_the_actor_is_user_and_host_by_default(abc: Registry, monkeypatch: pytes
 def test_hints_follow_the_commit(abc: Registry) -> None:
     """A listener that looks at once, through a connection of its own, sees the change it was told of."""
     seen: list[tuple[int, str | None, str | None]] = []
-    end = abc.subscribe(lambda name: seen.append(in_brief(abc, name)))
+    end = abc.subscribe(lambda _: seen.append(in_brief(abc)))
     abc.promote("churn", "A")
     abc.promote("churn", "B")
     abc.rollback("churn")
@@ -326,7 +326,7 @@ def test_hints_follow_the_commit(abc: Registry) -> None:
 
 def test_a_refused_change_gives_no_hint(abc: Registry, insert: Insert) -> None:
     """Nothing changed, so nobody is told."""
-    heard: list[str] = []
+    heard: list[str | None] = []
     abc.subscribe(heard.append)
     calls: list[Callable[[], object]] = [
         lambda: abc.rollback("churn"),

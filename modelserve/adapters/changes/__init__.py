@@ -1,0 +1,1 @@
+"""One carrier of change hints per file, each satisfying :class:`modelserve.ports.ChangeHints`."""
