@@ -127,7 +127,7 @@ def _row(name: str, times: list[float]) -> dict[str, Any]:
 def _registry(
     postgres: servers.PostgresServer, changes: str | None
 ) -> Iterator[tuple[ms.Registry, Path, dict[str, Any]]]:
-    """Open a registry with three versions in a database of its own; yield it, a folder and the settings of its hosts."""
+    """Open a registry of three versions in a database of its own; yield it, a folder, and the settings of its hosts."""
     with tempfile.TemporaryDirectory() as name:
         url, artifacts = postgres.url(postgres.create_database()), f"{name}/artifacts"
         with ms.Registry(url, artifacts, changes=changes) as registry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import signal
@@ -21,6 +22,7 @@ from modelserve.errors import BackendUnavailable, ConfigError, MissingDependency
 from modelserve.ports import ChangeHints, ChangePublisher
 from modelserve.registry import Registry
 from modelserve.registry.hints import Hints
+from modelserve.server import AsyncModelServer
 from modelserve.testing.changes import ChangeHintsContract, ConnectedHintsContract, Heard
 from tests import servers
 from tests.registry.conftest import ARTIFACT
@@ -286,6 +288,19 @@ def test_nobody_there_is_a_typed_error() -> None:
         with pytest.raises(BackendUnavailable) as refused:
             plugins.changes(url).ping()
         assert "someone" not in str(refused.value)
+
+
+async def test_listening_does_not_block_the_event_loop(no_blocking: None, redis_url: str, tmp_path: Path) -> None:
+    """An async server starts, hears of a change, closes and starts again without blocking its loop, threads gone."""
+    with Registry(f"sqlite:///{tmp_path}/models.db", changes=redis_url) as registry:
+        await asyncio.to_thread(registry.upgrade)
+        before = {thread.name for thread in threading.enumerate()}
+        server = AsyncModelServer(registry, cache_dir=tmp_path / "cache", changes=redis_url)
+        for _ in range(2):
+            async with server:
+                await asyncio.to_thread(add, registry, "churn")
+            names = {thread.name for thread in threading.enumerate()} - before
+            assert not [name for name in names if name.startswith("modelserve-changes")]
 
 
 def test_who_publishes_says_so() -> None:

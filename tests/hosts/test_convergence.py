@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import random
@@ -75,9 +76,10 @@ def worker_exit(_, worker):
 """
 
 
-def applied(folder: Path) -> list[str]:
-    """Return the generation that each worker process applied last."""
-    return [path.read_text(encoding="utf-8").split()[-1] for path in folder.glob("applied-*") if path.stat().st_size]
+def all_applied(folder: Path, generation: int) -> bool:
+    """Whether each of three worker processes applied this generation last."""
+    applied = [path.read_text(encoding="utf-8").split() for path in folder.glob("applied-*")]
+    return [each[-1] for each in applied if each] == [str(generation)] * 3
 
 
 @pytest.mark.promise("P4")
@@ -95,10 +97,10 @@ def test_every_worker_of_a_web_server_follows(tmp_path: Path, kind: str) -> None
         "gunicorn": ["gunicorn", "-w", "3", "-b", "127.0.0.1:PORT", "host:app"],
     }[kind]
     with web(tmp_path, command):
-        eventually(lambda: applied(tmp_path) == [str(generation)] * 3, "three workers do not start")
+        eventually(functools.partial(all_applied, tmp_path, generation), "three workers do not start")
         for i, version in enumerate(("2", "3"), start=1):
             promote_by_command(url, str(tmp_path / "artifacts"), version)
-            eventually(lambda wanted=generation + i: applied(tmp_path) == [str(wanted)] * 3, "not all follow")
+            eventually(functools.partial(all_applied, tmp_path, generation + i), "not all follow")
 
 
 @pytest.mark.promise("P2")
