@@ -72,7 +72,7 @@ def test_a_third_party_adds_a_carrier_of_hints_by_entry_point(monkeypatch: pytes
     """An installed package's entry point is found under the scheme of its URL, and gets that URL."""
     point = importlib.metadata.EntryPoint("kafka", "builtins:str", "modelserve.changes")
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [point])
-    assert plugins.changes("kafka://host/topic") == "kafka://host/topic"
+    assert str(plugins.changes("kafka://host/topic")) == "kafka://host/topic"
 
 
 def test_a_missing_driver_answers_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
