@@ -126,8 +126,11 @@ def converged(registry: ms.Registry, hosts: Sequence[Host]) -> float:
 
 
 def change_at_random(registry: ms.Registry, count: int, every_s: float, dice: random.Random) -> list[Change]:
-    """Promote versions 1 to 3 and roll back, at random and at random times, ``every_s`` apart on average."""
-    changes = [Change(1, 0.0, 0.0)]
+    """Promote versions 1 to 3 and roll back, at random and at random times, ``every_s`` apart on average.
+
+    What was in production before is the first of the changes returned.
+    """
+    changes = [Change(int(registry.production(MODEL).version), 0.0, 0.0)]
     for _ in range(count):
         time.sleep(dice.uniform(0, 2 * every_s))
         begun = time.perf_counter()
