@@ -253,7 +253,10 @@ class AsyncModelServer:
         if live is not None:
             await live.stop()
         if live is not None and self._own_hints is not None:
-            await self._loop.run_in_executor(self._sql, self._own_hints.close)
+            # The threads for SQL may all be waiting for a database that stands still.
+            closing = ThreadPoolExecutor(1, thread_name_prefix="modelserve-close")
+            await self._loop.run_in_executor(closing, self._own_hints.close)
+            closing.shutdown(wait=False)
         for executor in self._executors:
             executor.shutdown(wait=False)
 

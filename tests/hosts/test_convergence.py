@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,6 +228,28 @@ def test_a_database_that_stands_still(own_postgres: servers.PostgresServer, tmp_
                 own_postgres.signal(signal.SIGCONT)
             elsewhere.promote(MODEL, "2")
             watch.until("2")
+
+
+@pytest.mark.promise("P7")
+@pytest.mark.postgres
+def test_a_server_closes_while_its_database_stands_still(own_postgres: servers.PostgresServer, tmp_path: Path) -> None:
+    """Whatever waits for the database, close does not, and nobody listens after it."""
+    url, artifacts = own_postgres.url(own_postgres.create_database()), str(tmp_path / "artifacts")
+    with ms.Registry(url, artifacts) as registry:
+        register(registry)
+        server = ms.ModelServer(registry, cache_dir=tmp_path / "cache", changes="postgres", poll_s=0.01)
+        watch = Watch(server)
+        server.start()
+        watch.until("1")
+        own_postgres.signal(signal.SIGSTOP)
+        try:
+            closing = threading.Thread(target=server.close)
+            closing.start()
+            closing.join(20)
+            assert not closing.is_alive()
+            assert [each for each in threading.enumerate() if each.name.startswith("modelserve-changes")] == []
+        finally:
+            own_postgres.signal(signal.SIGCONT)
 
 
 @pytest.mark.promise("P4")
