@@ -21,7 +21,7 @@ def test_a_signature_is_kept_and_recorded(registry: Registry, insert: Insert) ->
     """Signing writes the attestation, raises the generation, gives a hint, and leaves status and pointers alone."""
     insert(registry, "churn", "1")
     registry.promote("churn", "1")
-    hints: list[str] = []
+    hints: list[str | None] = []
     registry.subscribe(hints.append)
 
     signed = registry.sign("churn", "1", PAIR.private, actor="ann", reason="reviewed")
