@@ -180,7 +180,9 @@ class Loader:
         artifact = await self._fetch(meta.artifact)
         pool = _pool_for(meta, options, signature, artifact.path, niceness=niceness, tell=self._observers.emit)
         try:
-            proof = Proof(signature, await self._example(meta), largest_batch=options.batch_rows)
+            proof = Proof(
+                signature, await self._example(meta), largest_batch=options.batch_rows, padded=options.pad_batches
+            )
             await _start(pool, proof, before)
         except BaseException:
             await asyncio.shield(_discard(pool, artifact))
@@ -270,7 +272,7 @@ def _thread_replica(meta: ModelVersion, options: ModelOptions, signature: Signat
     def load() -> Model:
         framework = plugins.framework(meta.framework)
         model = framework.load(path, meta.artifact.format, meta.load_options, _runtime(options, place))
-        return Padded(model) if options.pad_batches else model
+        return Padded(model, options.batch_rows) if options.pad_batches else model
 
     return ThreadReplica(load, signature, name=f"modelserve-{meta.model_name}-{meta.version}")
 
@@ -285,7 +287,7 @@ def _process_replica(
         load_options=meta.load_options,
         signature=signature.to_json(),
         runtime=_runtime(options, place),
-        buckets=options.pad_batches,
+        pad_to=options.batch_rows if options.pad_batches else None,
         niceness=niceness,
     )
     return ProcessReplica(spec, signature, name=f"modelserve-{meta.model_name}-{meta.version}")
@@ -340,10 +342,11 @@ class Proof:
     there is nothing to run.
     """
 
-    def __init__(self, signature: Signature, example: Json, *, largest_batch: int) -> None:
+    def __init__(self, signature: Signature, example: Json, *, largest_batch: int, padded: bool = False) -> None:
         self._rows = [] if example is None else [signature.validate(record) for record in example["inputs"]]
         self._expected = None if example is None else example["outputs"]
         self._largest_batch = largest_batch
+        self._padded = padded
 
     async def __call__(self, infer: Infer) -> None:
         """Raise ``LoadFailed`` unless the replica behind ``infer`` answers."""
@@ -362,19 +365,23 @@ class Proof:
     async def _warm_up(self, infer: Infer) -> None:
         """Run every batch size that is a power of two, so that no request pays for a first time.
 
-        Each is run a few times if that is quick: the first run of a size tells little about what the next will cost.
+        Each is run a few times if that is quick: the first run of a size, which may have to prepare the model for it,
+        tells little about what the next will cost. The sizes that batches are padded to are run however slow they are.
         """
-        loop, size = asyncio.get_running_loop(), 1
-        while size <= self._largest_batch:
+        now = asyncio.get_running_loop().time
+        for size in self._sizes():
             rows = [self._rows[i % len(self._rows)] for i in range(size)]
-            started = loop.time()
-            for _ in range(_WARM_UP_RUNS):
+            await infer(rows)
+            started, runs = now(), 1
+            while runs == 1 or (runs < _WARM_UP_RUNS and now() - started < _QUICK_S):
                 await infer(rows)
-                if loop.time() - started > _QUICK_S:
-                    break
-            if loop.time() - started > _SLOW_BATCH_S:
+                runs += 1
+            if not self._padded and now() - started > _SLOW_BATCH_S:
                 return
-            size *= 2
+
+    def _sizes(self) -> list[int]:
+        powers = [1 << i for i in range(self._largest_batch.bit_length())]
+        return sorted({*powers, self._largest_batch}) if self._padded else powers
 
 
 def _compare(expected: list[Json], answers: list[Json]) -> None:

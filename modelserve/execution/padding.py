@@ -11,17 +11,19 @@ from modelserve.types import Array, Columns, row_count
 class Padded:
     """Runs every batch as one whose number of rows is the next power of two, by repeating its last row.
 
-    The warm-up runs each power of two once, so no request meets a size that the model has not seen.
+    Batches of up to ``most_rows`` rows are never made larger than that. The warm-up runs each of these sizes, so no
+    request meets one that the model has not seen.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, most_rows: int) -> None:
         self._model = model
+        self._most_rows = most_rows
 
     def infer(self, columns: Columns) -> dict[str, Array]:
         """Answer a batch; what the model answers for the rows that were added is dropped."""
         rows = row_count(columns)
-        bucket = 1 << max(0, rows - 1).bit_length()
-        if rows == bucket:
+        bucket = max(rows, min(self._most_rows, 1 << max(0, rows - 1).bit_length()))
+        if rows in {0, bucket}:
             return dict(self._model.infer(columns))
         index = np.minimum(np.arange(bucket), rows - 1)
         outputs = self._model.infer({name: column[index] for name, column in columns.items()})

@@ -45,8 +45,8 @@ class WorkerSpec:
     """What a worker loads, and how it may run.
 
     ``framework`` is the dotted path of the adapter (``"package.module:Class"``). ``niceness`` lowers
-    the priority (0: the host's own, 19: whatever others leave). With ``buckets`` batches are padded to sizes that are
-    powers of two (see :class:`modelserve.execution.padding.Padded`).
+    the priority (0: the host's own, 19: whatever others leave). With ``pad_to`` batches of up to so many rows
+    are padded to powers of two (see :class:`modelserve.execution.padding.Padded`).
     """
 
     framework: str
@@ -55,7 +55,7 @@ class WorkerSpec:
     load_options: Mapping[str, Json]
     signature: Json
     runtime: Runtime = SAFE
-    buckets: bool = False
+    pad_to: int | None = None
     niceness: int = 0
 
 

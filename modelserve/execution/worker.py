@@ -127,7 +127,7 @@ class _Worker:
 def _load(spec: dict[str, Any]) -> Model:
     framework: Framework = plugins.resolve(spec["framework"])()
     model = framework.load(Path(spec["path"]), spec["format"], spec["load_options"], Runtime(**spec["runtime"]))
-    return Padded(model) if spec["buckets"] else model
+    return Padded(model, spec["pad_to"]) if spec["pad_to"] else model
 
 
 def _infer(model: Model, columns: Any, rows: int) -> wire.Outputs:

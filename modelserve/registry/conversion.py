@@ -21,7 +21,7 @@ import numpy.typing as npt
 import orjson
 
 from modelserve import plugins
-from modelserve.errors import InvalidInput, ModelServeError, in_words
+from modelserve.errors import InvalidInput, MissingDependency, ModelServeError, in_words
 from modelserve.ports import Converter, Framework, Model, SavedModel
 from modelserve.signature import Signature, check_outputs, unstack
 from modelserve.types import Array, Columns, Json, Row, row_count
@@ -82,6 +82,8 @@ def converted(  # noqa: PLR0917  # each is a part of one registration
         try:
             candidate = serving.load(saved.path, saved.format, saved.load_options)
             agreement = _compare(original, candidate, _chunks(signature, rows), wanted)
+        except MissingDependency:
+            raise
         except ModelServeError as error:
             failures.append(f"{saved.path.stem}: {error}")
             continue

@@ -7,6 +7,7 @@ as the live model does. What cannot be loaded, or answers differently, never get
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from modelserve.signature import Signature
 from modelserve.types import Artifact, FrameworkName, Json, Row, Runtime
 
 _EXAMPLE_ROWS: Final = 8
+_DOTTED_PATH: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _EXAMPLE_FORMAT: Final = "example-json"
 
 
@@ -54,6 +56,8 @@ def prepare(
     baseline: Any,
 ) -> Registration:
     """Save ``model`` (an object or the path of a saved one), prove it, and store it. Adds no row."""
+    if factory is not None and not _DOTTED_PATH.fullmatch(factory):
+        raise InvalidInput("factory", f"give it as 'package.module:callable', not {factory!r}")
     name = framework or _framework_of(model)
     adapter = plugins.framework(name)
     signature = signature or _inferred(example)
@@ -65,6 +69,7 @@ def prepare(
             saved = adapter.save(model, Path(folder), options, signature.stack(rows) if rows else None)
             outputs, conversion = _proven_outputs(adapter, model, saved, signature, rows), None
         else:
+            _refuse_idle(options, "a converted model has one format, and nothing in it has to be trusted or built")
             converter = plugins.converter(optimize, name)
             found = converted(adapter, converter, model, Path(folder), options, signature, rows, baseline)
             adapter, saved, outputs, conversion = found
@@ -76,6 +81,12 @@ def prepare(
             example=_put_example(store, signature, rows, outputs),
             conversion=conversion,
         )
+
+
+def _refuse_idle(options: Mapping[str, Json], problem: str) -> None:
+    for name in ("format", "factory", "trusted"):
+        if options[name]:
+            raise InvalidInput(name, f"leave it out with optimize=: {problem}")
 
 
 def _refuse_idle_baseline(baseline: Any) -> None:

@@ -117,7 +117,7 @@ class FrameworkContract:
     def test_a_saved_file_can_be_registered_by_its_path(
         self, framework: Framework, case: Case, saved: SavedModel, tmp_path: Path
     ) -> None:
-        """Saving a path takes the file as it is, in the same format, and what is loaded again answers the same."""
+        """Saving a path takes the file as it is, in the same format; what is loaded again answers."""
         again = framework.save(saved.path, tmp_path / "elsewhere", case.options, case.columns(_EXAMPLE_ROWS))
         assert (again.path, again.format, again.runs_code) == (saved.path, saved.format, saved.runs_code)
         loaded = framework.load(again.path, again.format, again.load_options, case.runtime)
@@ -147,6 +147,7 @@ class FrameworkContract:
         """By a thread or by a process, requests get the bare model's answers, and wrong ones are refused by name."""
         options = ModelOptions(
             executor=executor,
+            replicas=3 if executor == "thread" else 1,  # which are loaded at the same time
             allow_pickle=case.runtime.allow_pickle,
             allow_code=case.runtime.allow_code,
             factories=tuple(case.runtime.factories),

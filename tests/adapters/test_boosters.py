@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,71 @@ def test_a_booster_that_was_cut_short_is_a_typed_error(model: Any, kept: float, 
     saved.path.write_bytes(whole[: int(len(whole) * kept)])
     with pytest.raises(LoadFailed, match="cannot read the artifact"):
         FRAMEWORK.load(saved.path, saved.format, saved.load_options)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("left_child=", "left_child=99 "),
+        ("right_child=", "right_child=0 "),
+        ("split_feature=", "split_feature=4000 "),
+        ("num_leaves=", "num_leaves=9"),
+        ("internal_count=", "internal_count=1 "),
+        ("num_class=", "num_class=a"),
+        ("num_class=", "num_class=10000000000"),
+        ("max_feature_idx=", "max_feature_idx=-"),
+        ("Tree=1", "Tree=7"),
+    ],
+)
+def test_a_tree_that_does_not_hang_together_is_a_typed_error(before: str, after: str, tmp_path: Path) -> None:
+    """Branches that lead nowhere, or back, reach no parser that would follow them: neither here nor when served."""
+    saved = FRAMEWORK.save(NAMED, tmp_path, {})
+    header, blank, trees = saved.path.read_text(encoding="utf-8").partition("\n\n")
+    if before in header:
+        header = header.replace(before, after, 1)
+    else:
+        sizes = header.rpartition("tree_sizes=")[2].split()
+        place = int(before == "Tree=1")
+        change = len(after) - len(before)
+        changed = [str(int(size) + change * (i == place)) for i, size in enumerate(sizes)]
+        header = header.replace(" ".join(sizes), " ".join(changed))
+        trees = trees.replace(before, after, 1)
+    saved.path.write_text(f"{header}{blank}{trees}", encoding="utf-8")
+    with pytest.raises(LoadFailed, match="cannot read the artifact"):
+        FRAMEWORK.load(saved.path, saved.format, saved.load_options)
+    with pytest.raises(LoadFailed, match="cannot read the artifact"):
+        FRAMEWORK.save(saved.path, tmp_path, {"format": "lightgbm-text"})
+
+
+def test_trees_with_categories_are_whole(tmp_path: Path) -> None:
+    """Categorical branches pass the check, and answer as before."""
+    rows = np.column_stack([np.arange(400) % 7, np.random.default_rng(0).normal(size=400)])
+    model = LGBMClassifier(n_estimators=5, verbose=-1, min_child_samples=1, categorical_feature=[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # LightGBM warns of its own argument
+        model.fit(rows, rows[:, 0] % 3 == 1)
+        saved = FRAMEWORK.save(model, tmp_path, {"method": "predict_proba"})
+        assert "num_cat=0" not in saved.path.read_text(encoding="utf-8").partition("Tree=1")[0]
+        loaded = FRAMEWORK.load(saved.path, saved.format, saved.load_options)
+        assert np.array_equal(loaded.infer({"x": rows})["output"], model.predict_proba(rows))
+
+
+def test_the_number_that_stands_for_none_is_kept(tmp_path: Path) -> None:
+    """XGBoost's file does not say it, so it is written down beside it; rows with it are answered as before."""
+    rows = DIABETES.copy()
+    rows[::3, 0] = -999.0
+    model = XGBRegressor(n_estimators=5, missing=-999.0).fit(rows, PROGRESS)
+    saved = FRAMEWORK.save(model, tmp_path, {})
+    loaded = FRAMEWORK.load(saved.path, saved.format, saved.load_options)
+    assert np.array_equal(loaded.infer({"x": rows})["output"], model.predict(rows))
+
+
+def test_a_file_says_itself_whether_it_classifies(tmp_path: Path) -> None:
+    """Whatever a classifier was trained for, its file is registered by its path."""
+    model = XGBClassifier(n_estimators=3, objective="binary:hinge").fit(CANCER, MALIGNANT)
+    saved = FRAMEWORK.save(FRAMEWORK.save(model, tmp_path, {}).path, tmp_path, {})
+    loaded = FRAMEWORK.load(saved.path, saved.format, saved.load_options)
+    assert np.array_equal(loaded.infer({"x": CANCER})["output"], model.predict(CANCER))
 
 
 def test_a_booster_registered_by_its_path_answers_numbers_of_classes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,21 @@ def test_all_that_export_writes_of_its_own_is_let_in(registered: str, tmp_path: 
         (check_size, "[s0 for s0 in s1]", False),
         (check_size, "s0 +", False),
         (check_size, "s0" + "+1" * 6000, False),
+        (check_size, "Pow(Symbol('s0', integer=True), Integer(2))", True),
+        (check_size, "Pow(Symbol('s0', integer=True), Rational(1, 2))", True),
+        (check_size, "Pow(Integer(10), Pow(Integer(10), Integer(10)))", False),
+        (check_size, "Pow(Pow(Integer(10), Integer(63)), Integer(63))", False),
+        (check_size, "Pow(Integer(10), Symbol('s0', integer=True))", False),
+        (check_size, "9**9**9**9", False),
+        (check_size, "1 << 10**9", False),
+        (check_size, "LShift(Integer(1), Integer(1000000000))", False),
+        (check_size, "floor(Float('1e999999999', precision=53))", False),
+        (check_size, f"s0 + {10**40}", False),
         (check_guard, "L['ids'].size()[0] == L['mask'].size()[0]", True),
         (check_guard, "L['flat_args'][0].size()[1] % 8 == 0", True),
         (check_guard, "max(1, L['x'].stride()[0]) <= math.floor(2.5) or not L['x']['y'] != -math.inf", True),
         (check_guard, "L['x'].tolist()[0] == 1", False),
+        (check_guard, "L['x'].size()[0] == 9**9**9", False),
         (check_guard, "L['x'].size(exit())[0] == 1", False),
         (check_guard, "L[exit()].size()[0] == 1", False),
         (check_guard, "L.size()[0] == 1", False),
@@ -216,6 +228,31 @@ def test_a_program_is_guarded_against_what_it_was_not_traced_for() -> None:
         for odd in (np.ones((2, 4), "float32"), *([] if most is None else [np.ones((9, 3), "float32")])):
             with pytest.raises(AssertionError, match="Guard failed"):
                 model.infer({"x": odd})
+
+
+def test_a_program_for_many_rows_is_guarded_against_few() -> None:
+    """Where a program needs a number of rows, or rows of a kind, it is asked about that for every batch."""
+    rows = torch.export.Dim("rows", min=33)
+    program = torch.export.export(nets.mlp().eval(), (torch.zeros(40, 6),), dynamic_shapes=({0: rows},))
+    model = FRAMEWORK.wrap(program, {"call": "positional"})
+    assert len(model.infer({"x": np.ones((40, 6), "float32")})["output"]) == 40
+    with pytest.raises(AssertionError, match="Guard failed"):
+        model.infer({"x": np.ones((1, 6), "float32")})
+
+
+def test_a_program_of_one_batch_size_is_refused_by_its_path(tmp_path: Path) -> None:
+    """A file that could answer its example alone is found out when it is registered, not when it is served."""
+    torch.export.save(torch.export.export(MLP, (torch.zeros(4, 6),)), tmp_path / "static.pt2")
+    with pytest.raises(InvalidInput, match="dynamic first dimension"):
+        _saved(tmp_path, tmp_path / "static.pt2")
+
+
+def test_programs_are_loaded_by_several_threads_at_once(tmp_path: Path) -> None:
+    """torch.export keeps what it reads in globals; replicas that start together do not meet there."""
+    saved = _saved(tmp_path)
+    with ThreadPoolExecutor(4) as threads:
+        models = list(threads.map(lambda _: FRAMEWORK.load(saved.path, saved.format, saved.load_options), range(16)))
+    assert all(np.array_equal(_answer(model), _answer(models[0])) for model in models)
 
 
 def test_an_exported_program_can_be_registered(tmp_path: Path) -> None:
@@ -323,6 +360,12 @@ def test_the_other_precision_is_named_with_its_fix(factory: str | None, tmp_path
     with pytest.raises(InvalidInput, match=r"example\.astype\('float32'\)") as refused:
         _saved(tmp_path, example={"x": MATRIX.astype("float64")}, factory=factory)
     assert refused.value.field == "x"
+
+
+def test_whole_numbers_for_a_model_of_floats_are_named_with_their_type(tmp_path: Path) -> None:
+    """What PyTorch says of matrices alone is said of the inputs."""
+    with pytest.raises(InvalidInput, match=r"does not answer it \(x: int64\[6\]\)"):
+        _saved(tmp_path, example={"x": np.ones((4, 6), "int64")})
 
 
 def test_an_example_that_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
@@ -645,6 +688,11 @@ def _forge_enumeration(document: Any, target: Path) -> None:
     signature["out_spec"] = json.dumps([1, {"type": "builtins.dict", "context": context, "children_spec": [leaf]}])
 
 
+def _forge_random_seed(document: Any, target: Path) -> None:
+    seed = {"name": "seed", "arg": {"as_int": 7}, "kind": 1}
+    _first_node(document).update(target="torch.ops.aten.manual_seed.default", inputs=[seed])
+
+
 REAL_FORGERIES = [
     _forge_guard,
     _forge_size,
@@ -653,7 +701,7 @@ REAL_FORGERIES = [
     _forge_layout,
     _forge_enumeration,
 ]
-OTHER_FORGERIES = [_forge_guard_message, _forge_size_within, _forge_target, _forge_name]
+OTHER_FORGERIES = [_forge_random_seed, _forge_guard_message, _forge_size_within, _forge_target, _forge_name]
 
 
 @pytest.mark.parametrize("forge", REAL_FORGERIES + OTHER_FORGERIES)

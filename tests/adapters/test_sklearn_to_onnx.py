@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -41,7 +42,7 @@ import modelserve as ms
 from modelserve import plugins
 from modelserve.adapters.converters.sklearn_to_onnx import SklearnToOnnx
 from modelserve.config import ModelOptions
-from modelserve.errors import InvalidInput
+from modelserve.errors import InvalidInput, MissingDependency
 from modelserve.ports import SavedModel
 from modelserve.registry import Registry, conversion
 from modelserve.server import AsyncModelServer
@@ -295,6 +296,35 @@ def test_a_file_is_not_converted(registry: Registry, tmp_path: Path) -> None:
     saved = plugins.framework("sklearn").save(LOGISTIC, tmp_path, {})
     with pytest.raises(InvalidInput, match="optimize: give the fitted model itself"):
         registry.register("m", "1", saved.path, example=CANCER[:4], optimize="onnx")
+
+
+@pytest.mark.parametrize(("name", "value"), [("format", "joblib"), ("factory", "a:b"), ("trusted", ["x"])])
+def test_options_that_a_conversion_has_no_use_for_are_refused(registry: ms.Registry, name: str, value: Any) -> None:
+    """Nothing that was asked for is quietly left out."""
+    with pytest.raises(InvalidInput, match=f"^{name}: leave it out with optimize="):
+        registry.register("m", "1", FOREST, example=CANCER[:4], optimize="onnx", **{name: value})
+
+
+@pytest.mark.parametrize("package", ["skl2onnx", "onnxruntime"])
+def test_a_missing_converter_answers_with_its_install_line(
+    registry: ms.Registry, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not installed is not taken for a model that cannot be converted."""
+    for name in [*sys.modules, package]:
+        if name.partition(".")[0] == package:
+            monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependency, match=r"pip install 'modelserve\[onnx\]'"):
+        registry.register("m", "1", FOREST, example=CANCER[:4], optimize="onnx")
+
+
+def test_probabilities_stay_between_0_and_1(registry: ms.Registry) -> None:
+    """Sums in float32 do not make a probability that is none."""
+    registry.register("m", "1", FOREST, example=CANCER[:4], method="predict_proba", optimize="onnx", baseline=CANCER)
+    registry.promote("m", "1")
+    with ms.ModelServer(registry) as server:
+        answers = np.array([each.prediction for each in server.predict_many("m", [{"x": row} for row in CANCER[:200]])])
+    assert answers.min() >= 0.0
+    assert answers.max() <= 1.0
 
 
 def test_an_unknown_target_is_refused(registry: Registry) -> None:

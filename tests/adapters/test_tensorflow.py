@@ -562,6 +562,19 @@ def test_members_that_keras_does_not_write_are_refused(tmp_path: Path) -> None:
         FRAMEWORK.load(_forged(tmp_path, members={"setup.py": b""}), "keras", {}, CODE)
 
 
+@pytest.mark.parametrize("member", ["config.json", "model.weights.h5"])
+def test_what_would_fill_the_memory_is_not_unpacked(member: str, tmp_path: Path) -> None:
+    """A small file of much nothing is refused by the sizes it names, at registration by its path too."""
+    bomb = tmp_path / "bomb.keras"
+    with zipfile.ZipFile(_forged(tmp_path)) as original, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as copy:
+        for name in original.namelist():
+            copy.writestr(name, b" " * (70 * 1024 * 1024) if name == member else original.read(name))
+    with pytest.raises(ArtifactUnsafe, match="bytes unpacked"):
+        FRAMEWORK.load(bomb, "keras", {}, CODE)
+    with pytest.raises(ArtifactUnsafe, match="bytes unpacked"):
+        FRAMEWORK.save(bomb, tmp_path, {})
+
+
 def test_a_file_is_read_whatever_its_name(tmp_path: Path) -> None:
     """Keras chooses a reader by the suffix; here the format alone decides, so a cache may name files as it likes."""
     saved = FRAMEWORK.save(PERCEPTRON, tmp_path, {}, {"x": MATRIX})

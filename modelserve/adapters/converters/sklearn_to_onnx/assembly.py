@@ -65,24 +65,29 @@ class _Assembly:
             return self.add("Identity", [end], output)
         return self.add("Cast", [end], output, to=kind)
 
-    def finish(self, wanted: Array, *, is_whole: bool, takes_last: bool) -> int:
+    def finish(self, wanted: Array, *, is_whole: bool, method: str) -> int:
         """Bring the end to the form of the estimator's own answers; return its element type."""
         (end,) = self.ends
+        takes_last = method == "decision_function"
         if wanted.ndim == 1 and takes_last:
             end = self.add("Gather", [end, self.add_constant("answer/place", np.array(-1))], "answer/flat", axis=1)
         elif wanted.ndim == 1:
             shape = self.add_constant("answer/shape", np.array([-1]))
             end = self.add("Reshape", [end, shape], "answer/flat")
         kind = _element_type(wanted, is_whole=is_whole)
+        if method == "predict_proba":  # the sums of float32 can be a last digit beyond what is a probability
+            end = self._cast(end, kind, "answer/scores")
+            bounds = [self.add_constant(f"answer/{i}", np.array(i, wanted.dtype)) for i in (0, 1)]
+            end = self.add("Clip", [end, *bounds], "answer/clipped")
         self.ends = [self._cast(end, kind, SOLE_OUTPUT)]
         return kind
 
 
-def assemble(stages: Sequence[Stage], inputs: Columns, wanted: Array, *, takes_last: bool) -> Any:
+def assemble(stages: Sequence[Stage], inputs: Columns, wanted: Array, method: str) -> Any:
     """Return a ``ModelProto`` that takes columns like ``inputs`` and answers in the form of ``wanted``.
 
-    A row of several values that stands for a single one is the value itself, or with ``takes_last`` the last of them:
-    the score of the second of two classes. Only what leads to the answer is kept.
+    A row of several values that stands for a single one is the value itself, or of a ``decision_function`` the last of
+    them: the score of the second of two classes. Only what leads to the answer is kept.
     """
     helper = plugins.require("onnx.helper")
     made = _Assembly(inputs)
@@ -90,7 +95,7 @@ def assemble(stages: Sequence[Stage], inputs: Columns, wanted: Array, *, takes_l
         made.add_stage(stage, f"stage{i}/")
     last = stages[-1].model.graph.output[stages[-1].place]
     is_whole = last.type.tensor_type.elem_type == plugins.require("onnx").TensorProto.INT64
-    kind = made.finish(wanted, is_whole=is_whole, takes_last=takes_last)
+    kind = made.finish(wanted, is_whole=is_whole, method=method)
     output = helper.make_tensor_value_info(SOLE_OUTPUT, kind, [None, *wanted.shape[1:]])
     takes = [
         helper.make_tensor_value_info(name, _element_type(column, is_whole=True), [None, *(column.shape[1:] or (1,))])

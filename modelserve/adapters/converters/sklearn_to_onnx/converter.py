@@ -17,7 +17,7 @@ import numpy as np
 from modelserve import plugins
 from modelserve.adapters.converters.sklearn_to_onnx import assembly, boosters, gaps, histogram_trees
 from modelserve.adapters.converters.sklearn_to_onnx.assembly import Stage
-from modelserve.errors import InvalidInput, in_words
+from modelserve.errors import InvalidInput, MissingDependency, in_words
 from modelserve.ports import SavedModel
 from modelserve.types import SOLE_OUTPUT, Array, Columns, FrameworkName, Json
 
@@ -49,6 +49,8 @@ class SklearnToOnnx:
         for way, precision in _WAYS.items():
             try:
                 graph = _graph(steps, method, example, wanted, precision)
+            except MissingDependency:
+                raise
             except Exception as error:  # noqa: BLE001  # skl2onnx raises anything for what it does not know
                 problems.append(f"{way}: {in_words(error).splitlines()[0]}")
                 continue
@@ -107,7 +109,7 @@ def _graph(steps: list[Any], method: str, example: Columns, wanted: Array, preci
             stages.append(Stage(_converted(pipeline, _types(pipeline, rows, precision), {}), _PLACES["transform"]))
             rows = {SOLE_OUTPUT: np.empty((1, last.n_features_in_), precision)}
         stages.append(_last_stage(last, method, rows, precision))
-    return assembly.assemble(stages, example, wanted, takes_last=method == "decision_function")
+    return assembly.assemble(stages, example, wanted, method)
 
 
 def _last_stage(last: Any, method: str, rows: Columns, precision: str) -> Stage:

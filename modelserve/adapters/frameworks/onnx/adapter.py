@@ -59,5 +59,7 @@ def _check_options(options: Mapping[str, Json]) -> None:
         raise InvalidInput("method", "a graph has no methods: leave it out")
     if options.get("format", _FORMAT) not in {None, _FORMAT}:
         raise InvalidInput("format", f"ONNX has no format {options['format']!r}; leave it out")
+    if options.get("trusted"):
+        raise InvalidInput("trusted", "it is for scikit-learn; nothing of a graph has to be trusted by name")
     if options.get("factory"):
         raise InvalidInput("factory", "a graph is saved whole; a factory is for PyTorch weights")

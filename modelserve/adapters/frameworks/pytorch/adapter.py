@@ -11,7 +11,7 @@ import numpy as np
 from modelserve import plugins
 from modelserve.adapters.frameworks.pytorch.calls import Callee, choose
 from modelserve.adapters.frameworks.pytorch.compiling import compiled
-from modelserve.adapters.frameworks.pytorch.export import Pt2
+from modelserve.adapters.frameworks.pytorch.export import Pt2, try_other_sizes
 from modelserve.adapters.frameworks.pytorch.formats import Format
 from modelserve.adapters.frameworks.pytorch.model import PyTorchModel
 from modelserve.adapters.frameworks.pytorch.tensors import refuse_strings
@@ -40,6 +40,10 @@ class PyTorchFramework:
         """
         if (options.get("method") or _METHODS[0]) not in _METHODS:
             raise InvalidInput("method", f"a PyTorch model is called through forward; leave out {options['method']!r}")
+        if options.get("trusted"):
+            raise InvalidInput(
+                "trusted", "it is for scikit-learn; nothing of a PyTorch model has to be trusted by name"
+            )
         factory = options.get("factory")
         if isinstance(model, str | Path):
             path = Path(model)
@@ -47,6 +51,8 @@ class PyTorchFramework:
             runtime = Runtime(factories=(factory,) if factory else ())
             callee = chosen.read(path, {"factory": factory}, runtime)
             call = _proven_call(callee, example, live=False)
+            if chosen.name == Pt2.name and example is not None and call is not None:
+                try_other_sizes(callee, call, example)
         else:
             chosen = _format(options.get("format") or (SafeTensors.name if factory else Pt2.name), factory)
             path = folder / f"model{chosen.suffixes[0]}"
@@ -111,7 +117,9 @@ def _proven_call(callee: Callee, example: Columns | None, *, live: bool) -> str 
         raise InvalidInput("example", f"the model does not answer it: {error}") from error
     except Exception as error:
         _refuse_other_precision(callee.module, example, error)
-        raise InvalidInput("example", f"the model does not answer it: {type(error).__name__}: {error}") from error
+        given = ", ".join(f"{name}: {column.dtype}{list(column.shape[1:])}" for name, column in example.items())
+        problem = f"the model does not answer it ({given}): {type(error).__name__}: {error}"
+        raise InvalidInput("example", problem) from error
     return call
 
 

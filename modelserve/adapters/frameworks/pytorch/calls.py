@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -20,6 +22,10 @@ MATRIX: Final = "matrix"
 _BY_NAME: Final = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _BY_PLACE: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _NO_LIMIT: Final = 1 << 30
+_SAME_ROWS: Final = re.compile(r"L\['\w+'\]\.size\(\)\[0\] == L\['\w+'\]\.size\(\)\[0\]")
+
+exporting: Final = threading.RLock()
+"""Held by whoever reads, writes or unpacks an exported program: torch.export does so through globals of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +61,12 @@ class _Program:
     """
 
     def __init__(self, program: Any) -> None:
-        self.module = program.module()
+        with exporting:
+            self.module = program.module()
+            self.unguarded = program.module(check_guards=False).forward if _takes_any_rows(program) else None
         self.signature = inspect.signature(self.module.forward)
         self._names = list(self.signature.parameters)
         self._places = program.call_spec.in_spec.child(0).num_children
-        self.unguarded = program.module(check_guards=False).forward if _takes_any_rows(program) else None
         self._known: set[tuple[Any, ...]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,8 +83,21 @@ class _Program:
 
 
 def _takes_any_rows(program: Any) -> bool:
-    """Whether no size that is open in a program has an upper bound."""
-    return all(str(each.upper) == "int_oo" for each in program.range_constraints.values())
+    """Whether a program asks nothing of its open sizes, but that its inputs have the same number of rows."""
+    unbounded = all(each.lower <= 1 and str(each.upper) == "int_oo" for each in program.range_constraints.values())
+    guards = getattr(program, "_guards_code", None)  # where a release has none, they are not left out
+    asks_nothing = guards is not None and all(map(_SAME_ROWS.fullmatch, guards))
+    return unbounded and asks_nothing and all(map(_has_open_rows, _inputs(program)))
+
+
+def _inputs(program: Any) -> list[Any]:
+    names = set(program.graph_signature.user_inputs)
+    return [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+def _has_open_rows(value: Any) -> bool:
+    shape: Any = getattr(value, "shape", ())
+    return bool(shape) and not isinstance(shape[0], int)
 
 
 def choose(signature: inspect.Signature, columns: Columns) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from modelserve import plugins
 from modelserve.adapters.frameworks.pytorch.archives import read_archive
-from modelserve.adapters.frameworks.pytorch.calls import KEYWORDS, Callee, arguments, arranged
+from modelserve.adapters.frameworks.pytorch.calls import KEYWORDS, Callee, arguments, arranged, exporting
 from modelserve.adapters.frameworks.pytorch.devices import find_device
 from modelserve.adapters.frameworks.pytorch.model import device_in_use, evaluating
 from modelserve.adapters.frameworks.pytorch.safety import check_program
@@ -45,10 +45,11 @@ class Pt2:
             program = _exported(on_cpu(model), call, example)
             _drop_notes(program)
         if call is not None and example is not None:
-            _try_other_sizes(program, call, example)
+            try_other_sizes(Callee.of_program(program), call, example)
         buffer = io.BytesIO()
         try:
-            torch.export.save(program, buffer)
+            with exporting:
+                torch.export.save(program, buffer)
         except Exception as error:
             raise InvalidInput("model", f"torch.export cannot write it: {_first_line(error)}; {INSTEAD}") from error
         path.write_bytes(buffer.getvalue())
@@ -64,12 +65,13 @@ class Pt2:
         data, names = read_archive(path)
         check_program(data, names)
         try:
-            program = torch.export.load(io.BytesIO(data))
-            _drop_notes(program)
-            if _lies_elsewhere(program, device):
-                # A program names devices in its nodes too: moving the weights alone would leave those behind.
-                program = plugins.require("torch.export.passes").move_to_device_pass(program, str(device))
-            return Callee.of_program(program)
+            with exporting:
+                program = torch.export.load(io.BytesIO(data))
+                _drop_notes(program)
+                if _lies_elsewhere(program, device):
+                    # A program names devices in its nodes too: moving the weights alone would leave those behind.
+                    program = plugins.require("torch.export.passes").move_to_device_pass(program, str(device))
+                return Callee.of_program(program)
         except Exception as error:
             raise LoadFailed(
                 f"PyTorch {torch.__version__} cannot load the program: {type(error).__name__}: {_first_line(error)}; a "
@@ -90,7 +92,8 @@ def _exported(module: Any, call: str, example: Columns) -> Any:
         # PyTorch warns of how a model is written; whether the program answers as the model does is proven afterwards.
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+            with exporting:
+                return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
         except Exception as error:
             reason = f"torch.export cannot trace it for any number of rows ({_first_line(error)})"
             raise InvalidInput("model", f"{reason}; {INSTEAD}") from error
@@ -108,9 +111,9 @@ def _shapes(signature: inspect.Signature, call: str, args: tuple[Any, ...], kwar
     return (*[first] * named, (first,) * (len(args) - named))
 
 
-def _try_other_sizes(program: Any, call: str, example: Columns) -> None:
+def try_other_sizes(callee: Callee, call: str, example: Columns) -> None:
+    """Raise ``InvalidInput`` unless an exported program takes batches of other sizes than the example's."""
     torch = plugins.require("torch")
-    callee = Callee.of_program(program)
     device = device_in_use(callee.module)
     for rows in _TRIED_ROWS:
         tensors = {name: tensor.to(device) for name, tensor in _tensors(call, example, rows).items()}

@@ -24,7 +24,10 @@ _ARITHMETIC: Final = (
     ast.Load,
 )
 _SYMBOL: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-_DECIMAL: Final = re.compile(r"-?[0-9.]+(?:e[+-]?[0-9]+)?")
+_DECIMAL: Final = re.compile(r"-?[0-9.]{1,40}(?:e[+-]?[0-9]{1,3})?")
+_POWERS: Final = {"Pow", "PowByNatural", "FloatPow", "LShift", "RShift"}
+_LARGEST: Final = 2**63
+_LARGEST_EXPONENT: Final = 63
 _ASSUMPTIONS: Final = {"positive", "negative", "nonnegative", "nonpositive", "integer", "real", "precision", "evaluate"}
 _OF_SIZES: Final = frozenset(
     {
@@ -49,7 +52,7 @@ _KEY: Final = re.compile(r"[A-Za-z0-9_. -]*")
 def check_size(text: str) -> bool:
     """Tell whether a size is arithmetic on symbols and numbers: ``Mul(Integer(2), Symbol('s0', integer=True))``."""
     tree = _parsed(text)
-    return tree is not None and _is_size(tree)
+    return tree is not None and _is_modest(tree) and _is_size(tree)
 
 
 def check_guard(text: str) -> bool:
@@ -57,7 +60,7 @@ def check_guard(text: str) -> bool:
     if any(character in text for character in '"\\#\n\r{}'):
         return False  # what would leave the sentence that PyTorch pastes the guard into
     tree = _parsed(text)
-    return tree is not None and _is_guard(tree)
+    return tree is not None and _is_modest(tree) and _is_guard(tree)
 
 
 def check_layout(text: str) -> bool:
@@ -76,6 +79,44 @@ def _parsed(text: str) -> ast.AST | None:
         return ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
+
+
+def _is_modest(tree: ast.AST) -> bool:
+    """Tell whether an expression can be computed in no time: no large numbers, nor powers that make them."""
+    powers = [node for node in ast.walk(tree) if _is_power(node)]
+    return all(
+        isinstance(node.value, str) or abs(node.value) <= _LARGEST
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str)
+    ) and all(_is_small_power(node) for node in powers)
+
+
+def _is_power(node: ast.AST) -> bool:
+    match node:
+        case ast.BinOp(op=ast.Pow() | ast.LShift() | ast.RShift()):
+            return True
+        case ast.Call(func=ast.Name(id=name)):
+            return name in _POWERS
+    return False
+
+
+def _is_small_power(node: ast.AST) -> bool:
+    """Tell whether a power has a small number as its exponent, and no other power in its base."""
+    match node:
+        case ast.BinOp(left=base, right=exponent) | ast.Call(args=[base, exponent]):
+            return _is_small(exponent) and not any(map(_is_power, ast.walk(base)))
+    return False
+
+
+def _is_small(node: ast.AST) -> bool:
+    match node:
+        case ast.Constant(value=int(value)):
+            return abs(value) <= _LARGEST_EXPONENT
+        case ast.UnaryOp(op=ast.USub(), operand=inner) | ast.Call(func=ast.Name(id="Integer"), args=[inner]):
+            return _is_small(inner)
+        case ast.Call(func=ast.Name(id="Rational"), args=args):
+            return all(map(_is_small, args))
+    return False
 
 
 def _is_size(node: ast.AST) -> bool:

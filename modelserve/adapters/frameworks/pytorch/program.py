@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
+from modelserve import plugins
 from modelserve.adapters.frameworks.pytorch.expressions import check_guard, check_layout, check_size
 from modelserve.errors import ArtifactUnsafe
 
@@ -22,6 +23,7 @@ _NUMBER: Final = re.compile(r"-?Infinity|NaN")
 _OPERATOR: Final = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)", re.ASCII)
 _LIBRARIES: Final = {"aten", "prims", "quantized_decomposed", "torchvision"}
 _TOUCHES_FILES: Final = {"from_file", "save"}
+_OF_SYMBOLS: Final = {"_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}
 _BLOCKS: Final = {
     f"torch.ops.higher_order.{name}"
     for name in (
@@ -131,7 +133,18 @@ def _is_operator(target: str) -> bool:
     match = _OPERATOR.fullmatch(target)
     if match is None or any(part.startswith("__") and part.endswith("__") for part in match.groups()):
         return False
-    return match[1] in _LIBRARIES and match[2] not in _TOUCHES_FILES
+    return match[1] in _LIBRARIES and match[2] not in _TOUCHES_FILES and _is_of_tensors(*match.groups())
+
+
+def _is_of_tensors(library: str, name: str, overload: str) -> bool:
+    """Whether an operator takes or gives tensors; others set the state of the process, such as its random seed."""
+    if name in _OF_SYMBOLS:
+        return True
+    packet = getattr(getattr(plugins.require("torch").ops, library), name, None)
+    schema = getattr(getattr(packet, overload, None), "_schema", None)
+    if schema is None:  # one that is not installed here: loading will say so
+        return True
+    return any("Tensor" in str(each.type) for each in (*schema.arguments, *schema.returns))
 
 
 def _is_name(text: str) -> bool:

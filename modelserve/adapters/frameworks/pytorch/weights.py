@@ -31,8 +31,9 @@ class SafeTensors:
     def write(self, model: Any, path: Path, call: str | None, example: Columns | None) -> None:  # noqa: ARG002
         """Write the weights of a module; of tensors that share their memory, one."""
         _require_module(model)
+        safetensors = plugins.require("safetensors.torch")
         try:
-            plugins.require("safetensors.torch").save_model(on_cpu(model), str(path))
+            safetensors.save_model(on_cpu(model), str(path))
         except Exception as error:
             raise InvalidInput("model", f"safetensors cannot save it: {error}; use format='state_dict'") from error
 
@@ -42,8 +43,9 @@ class SafeTensors:
 
     @staticmethod
     def _weights(path: Path) -> Any:
+        safetensors = plugins.require("safetensors.torch")
         try:
-            return plugins.require("safetensors.torch").load_file(path)
+            return safetensors.load_file(path)
         except Exception as error:
             raise LoadFailed(f"safetensors cannot read the artifact: {error}") from error
 

@@ -19,6 +19,10 @@ from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed
 from modelserve.types import Array, Json, Runtime
 
 _CLASSIFYING: Final = ("binary", "multiclass", "multiclassova")
+_NEEDED: Final = ("leaf_value", "left_child", "right_child", "split_feature", "threshold", "decision_type")
+_OF_LEAVES: Final = ("leaf_value", "leaf_weight", "leaf_count")
+_OF_BRANCHES: Final = (*_NEEDED[1:], "split_gain", "internal_value", "internal_weight", "internal_count")
+_CATEGORICAL: Final = 1  # the bit of a decision type that says so
 
 
 class LightGBMText(Format):
@@ -40,8 +44,7 @@ class LightGBMText(Format):
         """Number the classes of a classifier, for want of their labels."""
         header = _header(_text(path))
         objective = header.get("objective", "").partition(" ")[0]
-        classes = max(2, int(header.get("num_class", "1")))
-        return {"labels": list(range(classes)) if objective in _CLASSIFYING else None}
+        return {"labels": list(range(max(2, int(header["num_class"])))) if objective in _CLASSIFYING else None}
 
     def read(self, path: Path, load_options: Mapping[str, Json], runtime: Runtime) -> Any:
         """Read a booster, and stand in for the estimator that it was part of."""
@@ -85,30 +88,68 @@ class Classifier:
 
 
 def _text(path: Path) -> str:
-    """Return the text of a booster that is whole: LightGBM's parser crashes on one that was cut short."""
+    """Return the text of a booster that is whole: LightGBM's parser, and its trees, crash on one that is not."""
     data = path.read_bytes()
     if not data.startswith(b"tree\n"):
         raise ArtifactUnsafe("the artifact is not LightGBM's text (it does not begin with 'tree'); it was not opened")
     try:
         text = data.decode()
-        sizes = [int(size) for size in _header(text)["tree_sizes"].split()]
-    except (ValueError, KeyError) as error:
-        raise LoadFailed(f"LightGBM cannot read the artifact: {error!r}") from error
-    if not _is_whole(text.partition("\n\n")[2], sizes):
-        raise LoadFailed("LightGBM cannot read the artifact: it was cut short")
+        _check(text)
+    except (ValueError, LookupError) as error:
+        raise LoadFailed(f"LightGBM cannot read the artifact: {type(error).__name__}: {error}") from error
     return text
 
 
-def _is_whole(trees: str, sizes: list[int]) -> bool:
-    starts = list(itertools.accumulate(sizes, initial=0))
-    end = starts.pop()
-    return (
-        all(trees.startswith(f"Tree={i}\n", start) for i, start in enumerate(starts))
-        and trees.startswith("end of trees\n", end)
-        and trees.count("\nparameters:\n", end) == trees.count("\nend of parameters\n", end)
-    )
+def _check(text: str) -> None:
+    """Raise ``ValueError`` or ``LookupError`` unless all that the header speaks of is there, and hangs together."""
+    header, trees = _header(text), text.partition("\n\n")[2]
+    ends = list(itertools.accumulate(map(int, header["tree_sizes"].split())))
+    end = ends[-1] if ends else 0
+    if not trees.startswith("end of trees\n", end):
+        raise ValueError("it was cut short")
+    if trees.count("\nparameters:\n", end) != trees.count("\nend of parameters\n", end):
+        raise ValueError("its parameters were cut short")
+    if not 1 <= int(header["num_class"]) <= max(1, len(ends)):
+        raise ValueError(f"it has {len(ends)} trees for {header['num_class']} classes")
+    for i, (start, stop) in enumerate(itertools.pairwise([0, *ends])):
+        lines = trees[start:stop].splitlines()
+        if lines[:1] != [f"Tree={i}"]:
+            raise ValueError(f"tree {i} is not where the header says")
+        _check_tree(_fields(lines), features=int(header["max_feature_idx"]) + 1)
+
+
+def _check_tree(tree: dict[str, str], *, features: int) -> None:
+    """Raise unless every branch of a tree leads on to a later one, or to a leaf that it has."""
+    leaves = int(tree["num_leaves"])
+    if tree.get("is_linear", "0") != "0":
+        raise ValueError("linear trees cannot be checked before they are loaded; use format='joblib'")
+    for names, wanted in ((_OF_LEAVES, leaves), (_OF_BRANCHES, leaves - 1)):
+        for name in names:
+            if len(tree.get(name, "").split()) not in ({wanted} if name in _NEEDED else {0, wanted}):
+                raise ValueError(f"a tree of {leaves} leaves has another number of {name}")
+    for side in ("left_child", "right_child"):
+        children = enumerate(map(int, tree.get(side, "").split()))
+        if not all(i < child < leaves - 1 or -leaves <= child < 0 for i, child in children):
+            raise ValueError(f"a {side} leads nowhere")
+    if not all(0 <= int(column) < features for column in tree.get("split_feature", "").split()):
+        raise ValueError("a tree asks for a column that there is not")
+    kinds = zip(tree.get("threshold", "").split(), tree.get("decision_type", "").split(), strict=True)
+    _check_categories(tree, [int(float(threshold)) for threshold, kind in kinds if int(kind) & _CATEGORICAL])
+
+
+def _check_categories(tree: dict[str, str], used: list[int]) -> None:
+    count = int(tree.get("num_cat", "0"))
+    bounds = [int(bound) for bound in tree.get("cat_boundaries", "0").split()]
+    words = len(tree.get("cat_threshold", "").split())
+    if len(bounds) != count + 1 or bounds != sorted(bounds) or bounds[0] != 0 or bounds[-1] != words:
+        raise ValueError("the categories of a tree do not hang together")
+    if not all(0 <= at < count for at in used):
+        raise ValueError("a tree asks for categories that there are not")
 
 
 def _header(text: str) -> dict[str, str]:
-    lines = text.partition("\n\n")[0].splitlines()
+    return _fields(text.partition("\n\n")[0].splitlines())
+
+
+def _fields(lines: list[str]) -> dict[str, str]:
     return dict(line.partition("=")[::2] for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed
 from modelserve.types import Json, Runtime
 
 _ESTIMATORS: Final = ("XGBClassifier", "XGBRegressor", "XGBRanker", "XGBRFClassifier", "XGBRFRegressor")
-_CLASSIFYING: Final = ("binary:logistic", "multi:softprob", "multi:softmax")
+_CLASSIFYING: Final = ("binary:", "multi:")
 
 
 class XGBoostJson(Format):
@@ -33,15 +34,19 @@ class XGBoostJson(Format):
             estimator.save_model(path)
         except Exception as error:
             raise InvalidInput("model", f"XGBoost cannot save it: {error}") from error
-        return {"estimator": name}
+        missing = float(estimator.missing)
+        return {"estimator": name, "missing": None if math.isnan(missing) else missing}
 
     def inspect(self, path: Path, options: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002
-        """Tell a classifier from a regressor by what it was trained for."""
+        """Tell a classifier from a regressor: by what it says, or by what it was trained for."""
         try:
-            objective = orjson.loads(_bytes(path))["learner"]["objective"]["name"]
-        except (ValueError, LookupError, TypeError) as error:
+            learner = orjson.loads(_bytes(path))["learner"]
+            kind = orjson.loads(learner["attributes"].get("scikit_learn", "{}")).get("_estimator_type")
+            objective = learner["objective"]["name"]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise LoadFailed(f"XGBoost cannot read the artifact: {error}") from error
-        return {"estimator": "XGBClassifier" if objective in _CLASSIFYING else "XGBRegressor"}
+        classifies = kind == "classifier" if kind else objective.startswith(_CLASSIFYING)
+        return {"estimator": "XGBClassifier" if classifies else "XGBRegressor"}
 
     def read(self, path: Path, load_options: Mapping[str, Json], runtime: Runtime) -> Any:
         """Read an estimator; of its classes nothing is loaded but what XGBoost has itself."""
@@ -49,7 +54,9 @@ class XGBoostJson(Format):
         if name not in _ESTIMATORS:
             raise LoadFailed(f"XGBoost has no estimator {name!r}")
         data = _bytes(path)
-        estimator = getattr(plugins.require("xgboost"), name)(n_jobs=runtime.threads)
+        missing = load_options.get("missing")  # the file does not say which number stands for none
+        options = {} if missing is None else {"missing": missing}
+        estimator = getattr(plugins.require("xgboost"), name)(n_jobs=runtime.threads, **options)
         try:
             estimator.load_model(bytearray(data))
         except Exception as error:
@@ -59,7 +66,7 @@ class XGBoostJson(Format):
 
 
 def _bytes(path: Path) -> bytes:
-    """Return the bytes of what is JSON at the first look, so that no other parser is chosen for them."""
+    """Return the bytes of what begins as XGBoost's JSON does, or its binary form."""
     data = path.read_bytes()
     if not data.startswith(b"{"):
         raise ArtifactUnsafe("the artifact is not XGBoost's JSON (its bytes begin with no brace); it was not opened")

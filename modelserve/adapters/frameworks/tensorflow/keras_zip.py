@@ -30,6 +30,8 @@ _FOREIGN: Final = {
     "TorchModuleWrapper": "a layer that is a pickle",
     "__lambda__": "a function as bytecode (a Lambda layer)",
 }
+_ALWAYS_FINE: Final = 64 * 1024 * 1024  # bytes unpacked
+_MOST_TIMES: Final = 50  # what is packed; Keras itself packs nothing
 _T = TypeVar("_T")
 
 
@@ -107,9 +109,21 @@ def _check_members(archive: zipfile.ZipFile) -> None:
     if odd is not None or len(set(names)) < len(names):
         what = "has members of the same name" if odd is None else f"has a member {odd!r}"
         raise ArtifactUnsafe(f"the artifact {what}, which no file written by Keras 3 has; it was not loaded")
+    _refuse_bomb(archive)
     damaged = archive.testzip()
     if damaged is not None:
         raise LoadFailed(f"the artifact is damaged: {damaged} in it has a wrong checksum; register the model again")
+
+
+def _refuse_bomb(archive: zipfile.ZipFile) -> None:
+    members = archive.infolist()
+    packed, whole = sum(each.compress_size for each in members), sum(each.file_size for each in members)
+    texts = [each.file_size for each in members if each.filename.endswith(".json")]
+    if whole > max(_ALWAYS_FINE, _MOST_TIMES * packed) or max(texts, default=0) > _ALWAYS_FINE:
+        raise ArtifactUnsafe(
+            f"the artifact would be {whole} bytes unpacked, of {packed}; weights are not packed like that, and it was "
+            "not loaded"
+        )
 
 
 def _refuse_code(config: Any) -> None:

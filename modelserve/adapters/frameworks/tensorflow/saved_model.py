@@ -34,8 +34,10 @@ def write(model: Any, endpoint: Endpoint, method: str, columns: Described | None
     owner = tf.Module()
     owner.model = model  # what the graph uses has to hang on what is saved
 
+    as_is = tf.autograph.experimental.do_not_convert(named)
+
     def answer(**tensors: Any) -> Any:
-        return named(endpoint.call(tensors))
+        return as_is(endpoint.call(tensors))
 
     with explained():
         graph = tf.function(answer).get_concrete_function(**{each.name: spec_of(each, each.name) for each in inputs})
