@@ -119,11 +119,11 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="MODELSERVE_", env_nested_delimiter="__")
 
-    registry: str = "sqlite:///models.db"
+    registry: str = Field(default="sqlite:///models.db", repr=False)  # it may hold a password, as that of changes may
     artifacts: str | None = None
     cache_dir: Path | None = None
     cache_bytes: int | None = Field(default=None, ge=1)
-    changes: str | None = None
+    changes: str | None = Field(default=None, repr=False)
     download_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     poll_s: float = Field(default=1.0, gt=0)
     trusted_keys: tuple[str, ...] = ()

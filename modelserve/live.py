@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any, Final, Protocol, TypeAlias
 
+from modelserve.asking import answered
 from modelserve.config import ModelOptions
 from modelserve.errors import BackendUnavailable, ModelNotFound, ModelServeError, NotReady, VersionNotFound
 from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
@@ -207,7 +208,7 @@ class Live:
 
     async def _look(self) -> None:
         try:
-            generations = await self._loop.run_in_executor(self._executor, self._registry.generations)
+            generations = await answered(self._executor, self._registry.generations)
         except ModelServeError as error:
             was_known = self._problem is None
             self._lost(str(error), stand_in=await self._snapshots_of(error) if was_known else {})
@@ -221,6 +222,8 @@ class Live:
         for keeper in self._keepers.values():
             keeper.ask_registry()
         for name, generation in generations.items():
+            if name in self._keepers:
+                self._keepers[name].has_read(generation)
             if self._serves(name) and (everything or self._keep(name).reached != generation):
                 self._keep(name).look()
         for name, keeper in self._keepers.items():
@@ -339,6 +342,11 @@ class _Keeper:
             self._stand_in = snapshot
             self.look()
 
+    def has_read(self, generation: int) -> None:
+        """Note a generation that a poll found: a registry that lags now and then has not gone back."""
+        if generation >= self.wanted:
+            self._behind_since = None
+
     def ask_registry(self) -> None:
         """Read the registry again from the next step on: it answers."""
         self._stand_in = None
@@ -393,7 +401,7 @@ class _Keeper:
     async def _step(self) -> None:
         """Read the wanted state and move one step towards it; whatever finishes later asks for the next step."""
         state = await self._read()
-        if self._is_behind(state):
+        if self._is_foreign(state) or self._is_behind(state):
             return
         self.wanted = state.generation
         self.target = state.production.version if state.production else None
@@ -402,6 +410,7 @@ class _Keeper:
             self.nothing_to_serve("no version of it is in production; promote one")
             self.reached = state.generation
         elif (identity := _identity(state.production)) in self._loaded:
+            self._abandon_load()
             self._swap(state, self._loaded[identity])
         else:
             self._start_loading(state.production)
@@ -410,7 +419,19 @@ class _Keeper:
     async def _read(self) -> DeploymentState:
         if self._stand_in is not None:
             return self._stand_in.state
-        return await self._loop.run_in_executor(self._executor, self._registry.deployment, self._model_name)
+        return await answered(self._executor, self._registry.deployment, self._model_name)
+
+    def _is_foreign(self, state: DeploymentState) -> bool:
+        """Whether a row points at another model's version, which nobody has put into production under this name."""
+        for version in (state.production, state.previous):
+            if version is not None and version.model_name != self._model_name:
+                problem = f"the registry points at version {version.version} of {version.model_name!r} for it"
+                if self.problem != problem:
+                    _log.error("%s: %s; it is not served under this name", self._model_name, problem)
+                self.nothing_to_serve(problem)
+                self.problem = problem
+                return True
+        return False
 
     def _is_behind(self, state: DeploymentState) -> bool:
         """Whether a state is older than one that was read before.
@@ -439,7 +460,7 @@ class _Keeper:
         if self._loading is not None:
             if _identity(self._loading[0]) == identity:
                 return
-            self._abandon(self._loading[1])
+            self._abandon_load()
         if self._refused == version and self._pause is not None:  # one that was signed since is tried at once
             return
         load = self._loader.load(version, self._options, beside=self.deployment.production if self.deployment else None)
@@ -447,10 +468,12 @@ class _Keeper:
         task.add_done_callback(lambda _: self.look())
         self._loading = (version, task)
 
-    def _abandon(self, load: asyncio.Task[LoadedVersion]) -> None:
+    def _abandon_load(self) -> None:
         """Cancel a load that a newer wish made pointless; it frees what it had by itself."""
-        load.cancel()
-        self._in_background(load)
+        if self._loading is not None:
+            self._loading[1].cancel()
+            self._in_background(self._loading[1])
+            self._loading = None
 
     def _take_in(self) -> None:
         """Receive a finished load: the version, or the reason why not."""

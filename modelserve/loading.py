@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -45,11 +47,11 @@ class LoadedVersion:
     """
 
     __slots__ = (
-        "_artifact",
         "_before",
         "_drained",
         "_gone",
         "_growing",
+        "_held",
         "_leases",
         "_room",
         "meta",
@@ -65,7 +67,7 @@ class LoadedVersion:
         options: ModelOptions,
         signature: Signature,
         pool: Pool,
-        artifact: Lease,
+        held: contextlib.ExitStack,
         *,
         before: LoadedVersion | None = None,
     ) -> None:
@@ -74,7 +76,7 @@ class LoadedVersion:
         self.signature = signature
         self.pool = pool
         self.timeout_s = options.timeout_ms / 1000
-        self._artifact = artifact
+        self._held = held  # what has to stay on the disk
         self._leases = 0
         self._drained: asyncio.Event | None = None
         self._gone = asyncio.Event()
@@ -104,7 +106,7 @@ class LoadedVersion:
         try:
             await self.pool.stop()
         finally:
-            self._artifact.release()
+            self._held.close()
             self._gone.set()
             if self._before is not None:
                 self._before.take_room_back()
@@ -177,17 +179,20 @@ class Loader:
         before = beside if options.reload == "replace" else None
         if beside is not None and before is None:
             await self._require_memory(meta, options, beside)
-        artifact = await self._fetch(meta.artifact)
-        pool = _pool_for(meta, options, signature, artifact.path, niceness=niceness, tell=self._observers.emit)
-        try:
-            proof = Proof(
-                signature, await self._example(meta), largest_batch=options.batch_rows, padded=options.pad_batches
-            )
-            await _start(pool, proof, before)
-        except BaseException:
-            await asyncio.shield(_discard(pool, artifact))
-            raise
-        return LoadedVersion(meta, options, signature, pool, artifact, before=before)
+        with contextlib.ExitStack() as leases:
+            path = leases.enter_context(await self._fetch(meta.artifact)).path
+            example = None
+            if meta.example is not None:  # held as long as the model: a start without the registry needs it
+                held = leases.enter_context(await self._fetch(meta.example))
+                example = await self._run(_read_json, held.path)
+            pool = _pool_for(meta, options, signature, path, niceness=niceness, tell=self._observers.emit)
+            try:
+                proof = Proof(signature, example, largest_batch=options.batch_rows, padded=options.pad_batches)
+                await _start(pool, proof, before)
+            except BaseException:
+                await asyncio.shield(_discard(pool, leases.pop_all()))
+                raise
+            return LoadedVersion(meta, options, signature, pool, leases.pop_all(), before=before)
 
     async def _require_memory(self, meta: ModelVersion, options: ModelOptions, beside: LoadedVersion) -> None:
         """Refuse a version that would have the process, or its neighbours, killed for memory."""
@@ -213,21 +218,16 @@ class Loader:
         if bool(self._trusted_keys) if required is None else required:
             signing.verify(self._trusted_keys, meta)
 
-    async def _example(self, meta: ModelVersion) -> Json:
-        return None if meta.example is None else await self._run(self._read_json, meta.example)
-
     async def _fetch(self, artifact: Artifact) -> Lease:
-        fetching = asyncio.ensure_future(self._run(self._cache.fetch, self._store, artifact))
+        given_up = threading.Event()
+        fetching = asyncio.ensure_future(self._run(self._cache.fetch, self._store, artifact, given_up))
         try:
             return await asyncio.shield(fetching)
         except asyncio.CancelledError:
-            # The thread goes on and will come back with a lease that nobody waits for.
+            # The thread stops at the next piece, or comes back with a lease that nobody waits for.
+            given_up.set()
             fetching.add_done_callback(_release)
             raise
-
-    def _read_json(self, artifact: Artifact) -> Json:
-        with self._cache.fetch(self._store, artifact) as lease:
-            return orjson.loads(lease.path.read_bytes())
 
     async def _run(self, call: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
@@ -304,6 +304,10 @@ def _runtime(options: ModelOptions, place: int) -> Runtime:
     )
 
 
+def _read_json(path: Path) -> Json:
+    return orjson.loads(path.read_bytes())
+
+
 def _release(fetching: asyncio.Future[Lease]) -> None:
     if not fetching.cancelled() and fetching.exception() is None:
         fetching.result().release()
@@ -327,9 +331,9 @@ async def _start(pool: Pool, proof: Proof, before: LoadedVersion | None) -> None
         raise
 
 
-async def _discard(pool: Pool, artifact: Lease) -> None:
+async def _discard(pool: Pool, leases: contextlib.ExitStack) -> None:
     await pool.stop()
-    artifact.release()
+    leases.close()
 
 
 # -- warm-up and golden example ----------------------------------------------------------------------------

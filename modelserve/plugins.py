@@ -163,7 +163,8 @@ def changes(url: str) -> ChangeHints:
     target = CHANGES.get(scheme) or _entry_point("modelserve.changes", scheme)
     if target is None:
         known = ", ".join(f"{name}://" for name in sorted(CHANGES))
-        raise ConfigError(f"changes: nothing tells of changes under {scheme}://; known: {known}")
+        named = f"under {scheme}://" if "://" in url else "for what is no URL"  # it may be a password
+        raise ConfigError(f"changes: nothing tells of changes {named}; known: {known}")
     return cast("ChangeHints", resolve(target)(url))
 
 

@@ -143,10 +143,11 @@ class TrustedKey(Protocol):
         ...
 
 
-class KeyPair(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class KeyPair:
     """A private and a public key, as PEM text."""
 
-    private: str
+    private: str = dataclasses.field(repr=False)
     public: str
 
 

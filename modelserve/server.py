@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -21,6 +21,7 @@ from typing import Any, Final, Self, TypeAlias, TypeVar
 
 from modelserve import signing
 from modelserve.artifacts import DOWNLOAD_LIMIT_S, DiskCache, default_cache_folder
+from modelserve.asking import Askers, answered
 from modelserve.config import ModelOptions, Settings
 from modelserve.errors import ConfigError, ForkedServer, InferenceFailed, InvalidInput, NotReady
 from modelserve.events import Observer, Observers, Served
@@ -78,7 +79,7 @@ class AsyncModelServer:
         self._snapshots = Snapshots(self._cache_dir, registry.shown_url)
         self._observers = Observers()
         self._live: Live | None = None
-        self._executors: tuple[ThreadPoolExecutor, ...] = ()
+        self._executors: tuple[Executor, ...] = ()
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self.new_request_id: Callable[[], str] = uuid7_source()
@@ -182,7 +183,7 @@ class AsyncModelServer:
     async def versions(self, model_name: str) -> list[ModelVersion]:
         """Return the registered versions of a model, newest first, without blocking the loop."""
         self._live_now()
-        return await self._loop.run_in_executor(self._sql, self.registry.versions, model_name)
+        return await answered(self._sql, self.registry.versions, model_name)
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Have ``observer`` called with every event (see :mod:`modelserve.events`); returns what ends it."""
@@ -217,7 +218,7 @@ class AsyncModelServer:
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
         self.new_request_id = uuid7_source()  # again, after any fork
-        self._sql = ThreadPoolExecutor(2, thread_name_prefix="modelserve-sql")
+        self._sql = Askers(2, "modelserve-sql")
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load")
         self._executors = (self._sql, self._loads)
         try:

@@ -11,10 +11,11 @@ of the model to say.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, Literal
 
@@ -85,11 +86,7 @@ class Snapshots:
 
     def artifact_keys(self) -> set[str]:
         """Return the keys of all that a start from these snapshots would load."""
-        versions = [
-            version for each in self.load().values() for version in (each.state.production, each.state.previous)
-        ]
-        artifacts = [artifact for version in versions if version for artifact in (version.artifact, version.example)]
-        return {artifact.key for artifact in artifacts if artifact}
+        return _keys_of(self.load().values())
 
     def _put(self, snapshot: Snapshot) -> None:
         path, data = self._path(snapshot.state.model_name), snapshot.model_dump_json().encode()
@@ -125,13 +122,31 @@ class Snapshots:
         return snapshot
 
 
+def artifact_keys_in(cache_folder: Path) -> set[str]:
+    """Return the keys of all that a start from any registry's snapshots in a cache folder would load."""
+    found = []
+    for path in (cache_folder / "applied").glob("*/*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(_parse(path))
+    return _keys_of(found)
+
+
+def _keys_of(snapshots: Iterable[Snapshot]) -> set[str]:
+    versions = [version for each in snapshots for version in (each.state.production, each.state.previous)]
+    artifacts = [artifact for version in versions if version for artifact in (version.artifact, version.example)]
+    return {artifact.key for artifact in artifacts if artifact}
+
+
 def _parse(path: Path) -> Snapshot:
     with path.open("rb") as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise ValueError("it is too large")
     snapshot = Snapshot.model_validate_json(data)
-    if path.stem != _digest(snapshot.state.model_name):
+    versions = [each for each in (snapshot.state.production, snapshot.state.previous) if each]
+    if path.stem != _digest(snapshot.state.model_name) or any(
+        each.model_name != snapshot.state.model_name for each in versions
+    ):
         raise ValueError("it is of another model")
     return snapshot
 

@@ -404,6 +404,50 @@ def test_a_newer_wish_overtakes_a_hanging_load() -> None:
     run(scenario)
 
 
+def test_a_load_that_a_rollback_made_pointless_is_given_up() -> None:
+    """Back to what serves already, nothing goes on loading, and nobody hears of it later."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.loader.seconds[2] = 1e6
+        world.registry.promote(2)
+        await world.hint()
+        assert world.status.loading == "2"
+        world.registry.promote(1)
+        await world.hint()
+        assert world.loader.cancelled == [2]
+        assert world.serving == "1"
+        assert world.status.loading is None
+        assert world.status.problem is None
+
+    run(scenario)
+
+
+def test_a_version_of_another_model_is_not_served() -> None:
+    """A row that points elsewhere changes nothing but what is told; put right, it is followed."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.promote(2)
+        assert world.registry.state is not None
+        right = world.registry.state
+        wrong = dataclasses.replace(version(2), model_name="other")
+        for state in (dataclasses.replace(right, production=wrong), dataclasses.replace(right, previous=wrong)):
+            world.registry.state = state
+            await world.hint()
+            assert world.serving == "1"
+            assert "version 2 of 'other'" in str(world.status.problem)
+        world.registry.state = right
+        await world.hint()
+        await asyncio.sleep(0.5)
+        assert world.serving == "2"
+        assert world.status.problem is None
+
+    run(scenario)
+
+
 def test_an_unrelated_change_does_not_restart_a_load() -> None:
     """A new generation that wants the same version leaves its running load alone."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ import pytest
 from sklearn.base import BaseEstimator
 
 import modelserve as ms
-from modelserve.artifacts import ArtifactStore
+from modelserve.artifacts import ArtifactStore, DiskCache
 from modelserve.events import LoadRejected
 from modelserve.execution import thread
 from modelserve.memory import Memory
+from modelserve.snapshots import artifact_keys_in
 from modelserve.testing.models import STEP, tells, telltale
 from tests.servers import PostgresServer, S3Artifacts
 
@@ -141,6 +144,7 @@ async def held(server: ms.AsyncModelServer) -> dict[str, int]:
 
 
 def _descriptors() -> int:
+    gc.collect()  # what an earlier test left to the collector is not this one's to count
     folder = Path("/proc/self/fd")
     return len(list(folder.iterdir())) if folder.exists() else 0
 
@@ -193,7 +197,7 @@ async def test_many_promotes_leave_at_most_two_versions_loaded(
             await promote((i + 1) % 3 + 1)
         after = await held(server)
         assert after == before
-        assert (after["versions"], after["leases"]) == (kept, kept)
+        assert (after["versions"], after["leases"]) == (kept, 2 * kept)  # of each the model and its example
         assert server.status()[0].previous == ("3" if kept == 2 else None)
         loads: list[Any] = []
         server._loads.submit = loads.append  # type: ignore[assignment]  # nothing can be fetched any more
@@ -340,3 +344,18 @@ async def health(server: ms.AsyncModelServer) -> tuple[int, dict[str, Any]]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(ms.asgi(server)), base_url="http://host") as client:
         answer = await client.get("/health/ready")
         return answer.status_code, answer.json()
+
+
+async def test_what_a_start_without_the_registry_needs_is_not_pruned(tmp_path: Path) -> None:
+    """While it serves all of it is in use, and afterwards it is spared: the model, and the example that proves it."""
+    registry = ms.Registry(f"sqlite:///{tmp_path}/models.db")
+    registry.register("m", "1", telltale(1), example=X)
+    registry.promote("m", "1")
+    cache = DiskCache(tmp_path / "cache", spared=partial(artifact_keys_in, tmp_path / "cache"))
+    async with ms.AsyncModelServer(registry, {"m": ms.ModelOptions()}, cache_dir=tmp_path / "cache"):
+        assert [each.in_use for each in cache.entries()] == [True, True]
+    assert [each.in_use for each in cache.entries()] == [False, False]
+    assert cache.prune() == []
+    version = registry.get("m", "1")
+    assert version.example is not None
+    assert {each.key for each in cache.entries()} == {version.artifact.key, version.example.key}

@@ -15,6 +15,7 @@ a shared lock on it; eviction takes only what it can lock alone.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import errno
 import logging
@@ -106,15 +107,17 @@ class DiskCache:
             self._temp.mkdir(parents=True, exist_ok=True)
             files.sweep(self._temp)
 
-    def fetch(self, store: ArtifactStore, artifact: Artifact) -> Lease:
+    def fetch(self, store: ArtifactStore, artifact: Artifact, given_up: threading.Event | None = None) -> Lease:
         """Return the artifact on the local disk, downloaded if need be, and verified.
 
+        A download ends at its next piece once it is ``given_up``.
         Raises ``ArtifactCorrupt`` when the store's bytes are not the registered ones, ``LoadFailed`` when it has none,
         and ``BackendUnavailable`` when it does not answer, refuses, is too slow, or the disk has no room.
         """
         key = blob.key_of(artifact)
         process = self._of_this_process()
-        task = _Task(store, Effort(self._download_limit_s, wait=process.closing.wait))
+        effort = Effort(self._download_limit_s, wait=partial(_wait, process.closing, given_up))
+        task = _Task(store, effort)
         with process.lock_of(key), self._disk_errors():
             held = self._acquire(task, key, _MANIFEST_LIMIT if blob.is_manifest(key) else artifact.size)
             try:
@@ -338,10 +341,12 @@ class DiskCache:
     ) -> list[CacheEntry]:
         """Remove what is not in use, used longest ago first; return what was removed, or would be in a ``dry_run``.
 
-        ``max_bytes`` ends it as soon as the rest takes no more than that, ``used_before`` (aware) spares what was used
-        since.
+        What is ``spared`` stays. ``max_bytes`` ends it as soon as the rest takes no more than that, ``used_before``
+        (aware) spares what was used since.
         """
-        planned = removable(self.entries(), max_bytes=max_bytes, used_before=used_before)
+        spared = self._spared()
+        entries = [dataclasses.replace(each, in_use=each.in_use or each.key in spared) for each in self.entries()]
+        planned = removable(entries, max_bytes=max_bytes, used_before=used_before)
         with self._disk_errors():
             return planned if dry_run else [each for each in planned if self._is_pruned(each)]
 
@@ -507,6 +512,10 @@ def _watched(limit: int, pieces: Iterator[bytes], key: str, get_on: Callable[[],
 
 def _moment(time_ns: int) -> dt.datetime:
     return dt.datetime.fromtimestamp(time_ns / 1e9, tz=dt.UTC)
+
+
+def _wait(closing: threading.Event, given_up: threading.Event | None, seconds: float) -> bool:
+    return closing.wait(seconds) or (given_up is not None and given_up.is_set())
 
 
 def _identity(file: IO[bytes]) -> tuple[int, int]:

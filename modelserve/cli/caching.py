@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from modelserve.cli.reading import bytes_of, duration_of
 from modelserve.config import Settings
 from modelserve.errors import ModelServeError
 from modelserve.registry import Registry
+from modelserve.snapshots import artifact_keys_in
 from modelserve.types import Json
 
 cache = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after this machine's cache of artifacts.")
@@ -24,7 +26,8 @@ _SQLITE_FILE = "sqlite:///"
 
 def _cache(context: typer.Context) -> DiskCache:
     settings: Settings = context.obj()
-    return DiskCache(settings.cache_dir or default_cache_folder())
+    folder = settings.cache_dir or default_cache_folder()
+    return DiskCache(folder, spared=partial(artifact_keys_in, folder))
 
 
 @cache.command("ls")
@@ -54,7 +57,10 @@ def prune(
     dry_run: Annotated[bool, typer.Option(help="Only say what would be removed.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what is not in use, used longest ago first; print what was removed."""
+    """Remove what is not in use, used longest ago first; print what was removed.
+
+    What a server would start from while the registry is down stays.
+    """
     age = None if older_than is None else duration_of(older_than, "--older-than")
     removed = _cache(context).prune(
         max_bytes=None if max_bytes is None else bytes_of(max_bytes, "--max-bytes"),

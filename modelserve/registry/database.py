@@ -28,7 +28,13 @@ _DRIVERS: Final = {
     "postgresql+psycopg": "postgresql+psycopg",
 }
 _SECRETS: Final = frozenset({"password", "sslpassword"})
-_CONNECT_TIMEOUT_S: Final = 5
+_PATIENCE: Final = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,  # milliseconds
+}
 _LOCK_WAIT_MS: Final = 30_000
 _MIGRATION_LOCK: Final = 0x6D6F_6465_6C73_7276  # any number that no other program takes: "modelsrv"
 _migrating = threading.Lock()  # alembic keeps the running migration in module globals
@@ -157,8 +163,8 @@ def _engine(url: sa.URL) -> sa.Engine:
     if url.drivername == "sqlite":
         return _sqlite_engine(url, options)
     plugins.require("psycopg")
-    if "connect_timeout" not in url.query:
-        options["connect_args"] = {"connect_timeout": _CONNECT_TIMEOUT_S}
+    # A connection whose other end has gone without a word is found out before the kernel's quarter of an hour is over.
+    options["connect_args"] = {name: value for name, value in _PATIENCE.items() if name not in url.query}
     return sa.create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED", **options)
 
 

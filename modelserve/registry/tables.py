@@ -75,6 +75,7 @@ model_version = sa.Table(
     sa.Column("status", _enum("model_status", get_args(Status)), nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.UniqueConstraint("model_name", "version"),
+    sa.UniqueConstraint("model_name", "id"),
 )
 _in_production = model_version.c.status == sa.literal_column("'production'")
 sa.Index(
@@ -89,10 +90,16 @@ deployment = sa.Table(
     "deployment",
     metadata,
     sa.Column("model_name", sa.String(128), primary_key=True),
-    sa.Column("production_id", _BigId, sa.ForeignKey("model_version.id")),
-    sa.Column("previous_id", _BigId, sa.ForeignKey("model_version.id")),
+    sa.Column("production_id", _BigId),
+    sa.Column("previous_id", _BigId),
     sa.Column("generation", sa.BigInteger, nullable=False),
     sa.Column("updated_at", UtcDateTime, nullable=False),
+    *(
+        sa.ForeignKeyConstraint(  # a version of this very model
+            ["model_name", column], ["model_version.model_name", "model_version.id"], name=f"fk_deployment_{column}"
+        )
+        for column in ("production_id", "previous_id")
+    ),
 )
 
 deployment_event = sa.Table(

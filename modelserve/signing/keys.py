@@ -75,10 +75,10 @@ def _pem(key: str | Path, field: str) -> bytes:
         return key.encode(errors="replace")
     try:
         return Path(key).read_bytes()
-    except (OSError, ValueError) as error:
-        # A text is not repeated: it may be a key that lost its first line.
+    except (OSError, ValueError):
+        # A text is not repeated, in the cause neither: it may be a key that lost its first line.
         named = f"the file {key}" if isinstance(key, Path) else "what is given"
-        raise InvalidInput(field, f"{named} cannot be read as a file, and is no PEM text") from error
+        raise InvalidInput(field, f"{named} cannot be read as a file, and is no PEM text") from None
 
 
 def _write_new(path: Path, text: str, mode: int) -> None:

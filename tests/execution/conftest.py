@@ -30,7 +30,13 @@ def _held() -> dict[str, Any]:
         "children": _children(),
         "descriptors": len(list(descriptors.iterdir())) if descriptors.exists() else 0,
         "threads": sorted(each.name for each in threading.enumerate() if each.name.startswith("modelserve")),
-        "shared memory": sorted(each.name for each in memory.iterdir()) if memory.exists() else [],
+        "shared memory": sorted(
+            each.name
+            for each in memory.iterdir()
+            if not each.name.startswith("PostgreSQL.")  # a server's own
+        )
+        if memory.exists()
+        else [],
     }
 
 

@@ -14,7 +14,15 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from modelserve.registry import Registry, migrations
-from modelserve.registry.tables import HEAD, VERSION_TABLE, UtcDateTime, deployment_event, metadata, model_version
+from modelserve.registry.tables import (
+    HEAD,
+    VERSION_TABLE,
+    UtcDateTime,
+    deployment,
+    deployment_event,
+    metadata,
+    model_version,
+)
 from modelserve.types import ModelVersion
 
 Insert: TypeAlias = Callable[..., ModelVersion]
@@ -52,6 +60,20 @@ def test_the_database_refuses_an_unknown_status(registry: Registry, bare_engine:
     insert(registry, "churn", "1")
     with pytest.raises(sa.exc.DBAPIError), bare_engine.begin() as connection:
         connection.execute(sa.text("UPDATE model_version SET status = 'retired'"))
+
+
+def test_the_database_refuses_to_serve_a_version_of_another_model(
+    registry: Registry, bare_engine: sa.Engine, insert: Insert
+) -> None:
+    """What is in production under a name is a version of that name, whoever writes the row."""
+    insert(registry, "churn", "1")
+    other = insert(registry, "fraud", "1")
+    for column in ("production_id", "previous_id"):
+        with pytest.raises(sa.exc.IntegrityError), bare_engine.begin() as connection:
+            if connection.dialect.name == "sqlite":
+                connection.execute(sa.text("PRAGMA foreign_keys = ON"))
+            wrong = sa.update(deployment).where(deployment.c.model_name == "churn").values({column: other.id})
+            connection.execute(wrong)
 
 
 def test_a_version_that_was_not_converted_has_no_report(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,16 @@ def test_what_is_no_public_key_is_a_wrong_configuration(key: str | Path, problem
     """The error names the key at fault by its place in the list."""
     with pytest.raises(ConfigError, match=rf"trusted_keys\[1\]: .*{problem}"):
         trusted_keys([PAIR.public, key])
+
+
+def test_a_private_key_shows_in_no_error_and_no_repr() -> None:
+    """A text that is no key is repeated neither in the message nor in its cause, and a pair does not print itself."""
+    body = "MC4CAQAwBQYDK2VwBCIEIKsecretsecretsecret"
+    with pytest.raises(InvalidInput) as refused:
+        signing_key(body)
+    shown = "".join(traceback.format_exception(refused.value))
+    assert "secretsecret" not in shown
+    assert "PRIVATE" not in repr(generate_keys())
 
 
 def test_one_key_in_place_of_a_list_is_refused() -> None:

@@ -112,8 +112,9 @@ class RedisChanges:
             options = {"socket_timeout": _TIMEOUT_S, "retry": retry}
         try:
             client = self._redis.Redis.from_url(url, **options)
+            client.connection_pool.connection_kwargs["decode_responses"] = False  # whatever the URL says
             client.connection_pool.make_connection()  # connects to nothing, but takes every option or refuses it
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, self._redis.RedisError):
             # The cause is left out: it may quote a part of the password.
             problem = "it is written redis://user:password@host:6379/0, special characters %-encoded"
             raise ConfigError(f"the URL of the changes cannot be read; {problem}") from None

@@ -55,6 +55,7 @@ def _create_model_version() -> None:
         sa.Column("created_at", _MOMENT, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_model_version"),
         sa.UniqueConstraint("model_name", "version", name="uq_model_version_model_name_version"),
+        sa.UniqueConstraint("model_name", "id", name="uq_model_version_model_name_id"),
     )
     op.create_index(
         "uq_model_version_production",
@@ -75,8 +76,12 @@ def _create_deployment() -> None:
         sa.Column("generation", sa.BigInteger(), nullable=False),
         sa.Column("updated_at", _MOMENT, nullable=False),
         sa.PrimaryKeyConstraint("model_name", name="pk_deployment"),
-        sa.ForeignKeyConstraint(["production_id"], ["model_version.id"], name="fk_deployment_production_id"),
-        sa.ForeignKeyConstraint(["previous_id"], ["model_version.id"], name="fk_deployment_previous_id"),
+        *(
+            sa.ForeignKeyConstraint(
+                ["model_name", column], ["model_version.model_name", "model_version.id"], name=f"fk_deployment_{column}"
+            )
+            for column in ("production_id", "previous_id")
+        ),
     )
 
 

@@ -1,0 +1,98 @@
+"""Asking a database that may not answer: within a limit, and in threads that nobody has to wait for.
+
+A thread that waits for a database which stands still, or for a connection that has gone silent, cannot be stopped. So
+it is left behind: another one takes its place, and it does not keep the interpreter from exiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, Final, TypeVar
+
+from modelserve.errors import BackendUnavailable
+
+T = TypeVar("T")
+ANSWER_LIMIT_S: Final = 10.0
+_MOST_LEFT_BEHIND: Final = 8  # then what is asked waits with the rest: each of them holds a connection
+
+
+class Askers(Executor):
+    """Up to ``workers`` daemon threads; one that has been busy for ``limit_s`` no longer counts."""
+
+    def __init__(self, workers: int, name: str, *, limit_s: float = ANSWER_LIMIT_S) -> None:
+        self._workers = workers
+        self._name = name
+        self._limit_s = limit_s
+        self._questions: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._busy: dict[threading.Thread, float] = {}
+        self._idle = 0
+        self._threads: set[threading.Thread] = set()
+        self._guard = threading.Lock()
+        self._over = False
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Call in one of the threads. Raises ``RuntimeError`` after :meth:`shutdown`."""
+        future: Future[T] = Future()
+        with self._guard:
+            if self._over:
+                raise RuntimeError("nothing is asked after the shutdown")
+            self._questions.put((future, lambda: fn(*args, **kwargs)))
+            if self._questions.qsize() > self._idle and self._has_room():
+                thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+                self._threads.add(thread)
+                thread.start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002  # as the base says
+        """Let the threads end once they have answered what was asked; nobody waits for them."""
+        with self._guard:
+            if not self._over:
+                self._over = True
+                for _ in self._threads:
+                    self._questions.put(None)
+
+    def _has_room(self) -> bool:
+        since = time.monotonic() - self._limit_s
+        left_behind = sum(begun < since for begun in self._busy.values())
+        return len(self._threads) - min(left_behind, _MOST_LEFT_BEHIND) < self._workers
+
+    def _work(self) -> None:
+        me = threading.current_thread()
+        while True:
+            with self._guard:
+                self._busy.pop(me, None)
+                self._idle += 1
+            question = self._questions.get()
+            with self._guard:
+                self._idle -= 1
+                if question is None:
+                    self._threads.discard(me)
+                    return
+                self._busy[me] = time.monotonic()
+            future, call = question
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # noqa: BLE001  # for whoever asked
+                    future.set_exception(error)
+
+
+async def answered(executor: Executor, call: Callable[..., T], *args: Any) -> T:
+    """Return what a call answers. Raises ``BackendUnavailable`` when it has not within ``ANSWER_LIMIT_S``."""
+    answer = asyncio.get_running_loop().run_in_executor(executor, call, *args)
+    answer.add_done_callback(_look_at)
+    done, _ = await asyncio.wait({answer}, timeout=ANSWER_LIMIT_S)
+    if not done:
+        raise BackendUnavailable("registry", f"it has not answered within {ANSWER_LIMIT_S:.0f} s")
+    return answer.result()
+
+
+def _look_at(answer: asyncio.Future[Any]) -> None:
+    """An error that comes too late for anybody is no news."""
+    if not answer.cancelled():
+        answer.exception()

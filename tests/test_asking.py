@@ -1,0 +1,57 @@
+"""Asking a database that may not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from modelserve import asking
+from modelserve.asking import Askers, answered
+from modelserve.errors import BackendUnavailable
+
+
+async def test_a_question_without_an_answer_is_given_up_and_the_next_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thread that waits for ever is left behind; what is asked later is answered by another."""
+    monkeypatch.setattr(asking, "ANSWER_LIMIT_S", 0.05)
+    askers, answer = Askers(1, "modelserve-test", limit_s=0.01), threading.Event()
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable, match="not answered within"):
+            await answered(askers, answer.wait)
+    assert await answered(askers, lambda: 3) == 3
+    answer.set()
+    askers.shutdown()
+    for each in threading.enumerate():
+        if each.name.startswith("modelserve-test"):
+            await asyncio.to_thread(each.join, 10)
+            assert not each.is_alive()
+
+
+async def test_what_a_call_raises_is_raised() -> None:
+    """Errors reach whoever asked."""
+    askers = Askers(1, "modelserve-test")
+    with pytest.raises(ZeroDivisionError):
+        await answered(askers, lambda: 1 // 0)
+    assert await answered(askers, divmod, 7, 2) == (3, 1)
+    askers.shutdown()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        askers.submit(int)
+
+
+async def test_no_more_threads_ask_than_there_are_to_be() -> None:
+    """Quick questions share the threads; each is answered, in the order they were asked of one thread."""
+    askers = Askers(2, "modelserve-test")
+    names = await asyncio.gather(*(answered(askers, lambda: threading.current_thread().name) for _ in range(50)))
+    assert len(set(names)) <= 2
+    askers.shutdown()
+
+
+def test_the_interpreter_exits_while_a_question_is_open() -> None:
+    """A program whose database stands still ends when it is done, not when the database answers."""
+    code = "import time; from modelserve.asking import Askers; Askers(1, 'm').submit(time.sleep, 1000)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
