@@ -587,13 +587,14 @@ def test_a_cache_is_listed_without_a_registry(invoke: Invoke, churn: Invoke, set
 
 
 def test_the_cache_is_pruned(churn: Invoke, settled: Path) -> None:
-    """A dry run and the real one print the same; what is younger, or fits, stays."""
+    """A dry run and the real one print the same; what is younger, fits, or served last, stays unless all is to go."""
     answer_of(churn("predict", "churn", "--inputs", YOUNG))
     assert json.loads(churn("cache", "prune", "--older-than", "30d", "--json").stdout) == []
     assert json.loads(churn("cache", "prune", "--max-bytes", "1GiB", "--json").stdout) == []
-    planned = churn("cache", "prune", "--dry-run", "--json").stdout
+    assert json.loads(churn("cache", "prune", "--json").stdout) == []
+    planned = churn("cache", "prune", "--all", "--dry-run", "--json").stdout
     assert len(json.loads(planned)) > 0
-    assert churn("cache", "prune", "--json").stdout == planned
+    assert churn("cache", "prune", "--all", "--json").stdout == planned
     assert json.loads(churn("cache", "ls", "--json").stdout) == []
 
 

@@ -337,14 +337,19 @@ class DiskCache:
             return sorted([*found, *self._set_aside()], key=lambda each: each.key)
 
     def prune(
-        self, *, max_bytes: int | None = None, used_before: dt.datetime | None = None, dry_run: bool = False
+        self,
+        *,
+        max_bytes: int | None = None,
+        used_before: dt.datetime | None = None,
+        spare: bool = True,
+        dry_run: bool = False,
     ) -> list[CacheEntry]:
         """Remove what is not in use, used longest ago first; return what was removed, or would be in a ``dry_run``.
 
-        What is ``spared`` stays. ``max_bytes`` ends it as soon as the rest takes no more than that, ``used_before``
+        What is ``spared`` stays, unless told not to ``spare`` it. ``max_bytes`` ends it as soon as the rest takes no more than that, ``used_before``
         (aware) spares what was used since.
         """
-        spared = self._spared()
+        spared = self._spared() if spare else ()
         entries = [dataclasses.replace(each, in_use=each.in_use or each.key in spared) for each in self.entries()]
         planned = removable(entries, max_bytes=max_bytes, used_before=used_before)
         with self._disk_errors():

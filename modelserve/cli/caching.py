@@ -54,17 +54,21 @@ def prune(
     older_than: Annotated[
         str | None, typer.Option(metavar="TIME", help="Only what was not used for so long, such as 30d or 12h.")
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also what a server would start from while the registry is down.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Only say what would be removed.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove what is not in use, used longest ago first; print what was removed.
 
-    What a server would start from while the registry is down stays.
+    What a server would start from while the registry is down stays, unless it is told --all.
     """
     age = None if older_than is None else duration_of(older_than, "--older-than")
     removed = _cache(context).prune(
         max_bytes=None if max_bytes is None else bytes_of(max_bytes, "--max-bytes"),
         used_before=None if age is None else dt.datetime.now(dt.UTC) - age,
+        spare=not everything,
         dry_run=dry_run,
     )
     show([_told_of(each) for each in removed], as_json=as_json, cells=_cells)
