@@ -48,6 +48,7 @@ class ModelOptions(BaseModel):
     ``slo_ms``              ``100``        the latency that batching and admission aim for
     ``start_limit_s``       ``600``        how long a replica may take to load and warm up
     ``hang_limit_s``        ``1``          how long a batch may run on after the last of its callers has given up
+    ``cache_ttl_s``         ``0``          how long an answer is given again to the same inputs, in seconds (0: never)
     ``reload``              ``"overlap"``  load a new version in full beside the old one, or ``"replace"`` it bit by bit
     ``keep_previous``       ``True``       keep the version before loaded, so that a rollback is instant
     ``allow_pickle``        ``False``      load artifacts that are pickles, which can run code
@@ -73,6 +74,7 @@ class ModelOptions(BaseModel):
     slo_ms: float = Field(default=100.0, gt=0, allow_inf_nan=False)
     start_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     hang_limit_s: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    cache_ttl_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     reload: Literal["overlap", "replace"] = "overlap"
     keep_previous: bool = True
     allow_pickle: bool = False
@@ -123,6 +125,7 @@ class Settings(BaseSettings):
     artifacts: str | None = None
     cache_dir: Path | None = None
     cache_bytes: int | None = Field(default=None, ge=1)
+    cache: str | None = Field(default=None, repr=False)
     changes: str | None = Field(default=None, repr=False)
     download_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     poll_s: float = Field(default=1.0, gt=0)

@@ -16,7 +16,7 @@ _log = logging.getLogger("modelserve")
 
 
 class Served(NamedTuple):
-    """One call was answered: ``rows`` results, or an error."""
+    """One call was answered: ``rows`` results, ``cached`` of them from the cache, or an error."""
 
     model_name: str
     version: str
@@ -24,6 +24,7 @@ class Served(NamedTuple):
     rows: int
     latency_ms: float
     error: Exception | None
+    cached: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -29,7 +28,8 @@ from modelserve.execution.thread import ThreadReplica
 from modelserve.memory import Memory, needed
 from modelserve.ports import Model, Replica, TrustedKey
 from modelserve.signature import Signature
-from modelserve.types import Artifact, Json, ModelVersion, Runtime
+from modelserve.signature.digest import input_digest
+from modelserve.types import Artifact, Json, ModelVersion, Row, Runtime
 
 _WARM_UP_LIMIT_S: Final = 60.0
 _SLOW_BATCH_S: Final = 0.25  # larger buckets of a model this slow would delay the swap more than they warm
@@ -48,12 +48,14 @@ class LoadedVersion:
 
     __slots__ = (
         "_before",
+        "_digest",
         "_drained",
         "_gone",
         "_growing",
         "_held",
         "_leases",
         "_room",
+        "cache_ttl_s",
         "meta",
         "options",
         "pool",
@@ -76,6 +78,8 @@ class LoadedVersion:
         self.signature = signature
         self.pool = pool
         self.timeout_s = options.timeout_ms / 1000
+        self.cache_ttl_s = options.cache_ttl_s
+        self._digest = input_digest(meta, signature)
         self._held = held  # what has to stay on the disk
         self._leases = 0
         self._drained: asyncio.Event | None = None
@@ -85,6 +89,10 @@ class LoadedVersion:
         self._growing: asyncio.Task[None] | None = None
         if before is not None:
             self._growing = asyncio.create_task(self._grow_after(before), name="modelserve-grow")
+
+    def cache_key(self, row: Row) -> str:
+        """Return the key of what this version answers to a row: the model's name and the digest of the input."""
+        return f"{self.meta.model_name}:{self._digest(row).hex()}"
 
     def __enter__(self) -> Self:
         self._leases += 1
@@ -261,7 +269,7 @@ def _pool_for(
     return Pool(
         partial(make_replica, meta, options, signature, path),
         pool_options,
-        fingerprint=lambda row: hashlib.sha256(signature.canonical(row)).digest(),
+        fingerprint=input_digest(meta, signature),
         model_name=meta.model_name,
         version=meta.version,
         tell=tell,

@@ -1,8 +1,8 @@
 """Names and URL schemes to adapters, imported only when asked for.
 
 A name is looked up in the built-in table first, then among the entry points of installed packages
-(groups ``modelserve.frameworks``, ``modelserve.sources`` and ``modelserve.changes``), so a third party adds an adapter
-without a change here.
+(groups ``modelserve.frameworks``, ``modelserve.sources``, ``modelserve.changes`` and ``modelserve.caches``), so a third
+party adds an adapter without a change here.
 A driver that is missing answers with the line that installs it.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from modelserve.errors import ConfigError, InvalidInput, MissingDependency
-from modelserve.ports import ChangeHints, Converter, Framework, Keys, ModelSource, ObjectReader
+from modelserve.ports import Cache, ChangeHints, Converter, Framework, Keys, ModelSource, ObjectReader
 
 FRAMEWORKS: Final = {
     "onnx": "modelserve.adapters.frameworks.onnx:OnnxFramework",
@@ -35,6 +35,12 @@ CHANGES: Final = {
     "redis": "modelserve.adapters.changes.redis:RedisChanges",
     "rediss": "modelserve.adapters.changes.redis:RedisChanges",
     "unix": "modelserve.adapters.changes.redis:RedisChanges",
+}
+CACHES: Final = {
+    "memory": "modelserve.caching.memory:from_url",
+    "redis": "modelserve.adapters.cache.redis:RedisCache",
+    "rediss": "modelserve.adapters.cache.redis:RedisCache",
+    "unix": "modelserve.adapters.cache.redis:RedisCache",
 }
 _OBJECT_READERS: Final = {
     "s3": "modelserve.adapters.stores.s3:S3Reader",
@@ -166,6 +172,20 @@ def changes(url: str) -> ChangeHints:
         named = f"under {scheme}://" if "://" in url else "for what is no URL"  # it may be a password
         raise ConfigError(f"changes: nothing tells of changes {named}; known: {known}")
     return cast("ChangeHints", resolve(target)(url))
+
+
+def cache(url: str) -> Cache:
+    """Return what keeps predictions, by the scheme of its URL. It connects to nothing yet.
+
+    Raises ``ConfigError`` for an unknown scheme or a URL that cannot be read, and ``MissingDependency`` when the
+    driver is not installed.
+    """
+    scheme = url.partition("://")[0]
+    target = CACHES.get(scheme) or _entry_point("modelserve.caches", scheme)
+    if target is None:
+        known = ", ".join(f"{name}://" for name in sorted(CACHES))
+        raise ConfigError(f"cache: nothing keeps predictions under {scheme}://; known: {known}")
+    return cast("Cache", resolve(target)(url))
 
 
 def framework_of(model: object) -> str:

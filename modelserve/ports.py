@@ -247,6 +247,46 @@ class ChangePublisher(Protocol):
         ...
 
 
+class CacheItem(NamedTuple):
+    """A value to keep under a key for ``ttl_s`` seconds."""
+
+    key: str
+    value: bytes
+    ttl_s: float
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Keeps values that can be computed again, for this process or for several. It may forget any of them at any time.
+
+    It is asked on one event loop, and used by one loop after another only with a :meth:`close` in between. There is at
+    most one read and one write at a time. Each may raise ``BackendUnavailable``.
+    """
+
+    budget_s: float
+    """How long a read may take, in seconds, before whoever waits goes on without it."""
+
+    async def get_many(self, keys: Sequence[str]) -> Sequence[bytes | None]:
+        """Return what is kept under each key, in order; None for what is not, or is not a value of this cache's."""
+        ...
+
+    async def put_many(self, items: Sequence[CacheItem]) -> None:
+        """Keep each value for its time, in place of whatever was there."""
+        ...
+
+    async def clear(self, prefix: str) -> int:
+        """Forget every key that begins with ``prefix``; return how many there were."""
+        ...
+
+    async def ping(self) -> None:
+        """Raise ``BackendUnavailable`` when it does not answer."""
+        ...
+
+    async def close(self) -> None:
+        """Close the connections. Safe to call twice; later use opens new ones."""
+        ...
+
+
 class OpenObject(NamedTuple):
     """An object that is being read.
 

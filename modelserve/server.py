@@ -19,16 +19,17 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
-from modelserve import signing
+from modelserve import plugins, signing
 from modelserve.artifacts import DOWNLOAD_LIMIT_S, DiskCache, default_cache_folder
 from modelserve.asking import Askers, answered
+from modelserve.caching import PredictionCache
 from modelserve.config import ModelOptions, Settings
 from modelserve.errors import ConfigError, ForkedServer, InferenceFailed, InvalidInput, NotReady
 from modelserve.events import Observer, Observers, Served
 from modelserve.ids import uuid7_source
 from modelserve.live import Live, ModelStatus
 from modelserve.loading import LoadedVersion, Loader
-from modelserve.ports import ChangeHints, TrustedKey
+from modelserve.ports import Cache, ChangeHints, TrustedKey
 from modelserve.registry import Registry
 from modelserve.snapshots import Snapshots
 from modelserve.types import Json, ModelVersion, Prediction, Row
@@ -37,8 +38,9 @@ T = TypeVar("T")
 _LOADS_AT_ONCE: Final = 4
 
 
-Answer: TypeAlias = tuple[Sequence[Json], str, float, str]
-"""What one request got: a value per row, the version that answered, the latency in milliseconds, the request's id."""
+Answer: TypeAlias = tuple[Sequence[Json], str, float, str, Sequence[bool]]
+"""What one request got: a value per row, the version that answered, the latency in milliseconds, the request's id, and
+for each row whether it came from the cache (nothing for a model that has none)."""
 
 
 class AsyncModelServer:
@@ -47,8 +49,10 @@ class AsyncModelServer:
     ``models`` names what to serve and how (None: every model that has a production version). Artifacts are kept
     under ``cache_dir``, at most ``cache_bytes`` of them, and fetching one may take ``download_limit_s`` seconds. The
     registry is polled every ``poll_s`` seconds; ``changes`` tells of changes by other processes sooner: ``"postgres"``
-    (the registry's own database) or ``"redis://…"``. With ``trusted_keys`` (Ed25519 public keys: PEM texts or the paths
-    of files), a version that none of them signed is refused.
+    (the registry's own database) or ``"redis://…"``. Answers of models with a ``cache_ttl_s`` are kept in this process,
+    and also in ``cache``: ``"redis://…"``, or an object that is a :class:`modelserve.ports.Cache`. With
+    ``trusted_keys`` (Ed25519 public keys: PEM texts or the paths of files), a version that none of them signed is
+    refused.
 
     Use it as ``async with AsyncModelServer(registry) as server``. All of it belongs to the loop that started it.
     """
@@ -61,11 +65,15 @@ class AsyncModelServer:
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
         download_limit_s: float = DOWNLOAD_LIMIT_S,
+        cache: str | Cache | None = None,
         changes: str | ChangeHints | None = None,
         poll_s: float = 1.0,
         trusted_keys: Sequence[str | Path | TrustedKey] = (),
     ) -> None:
         self.registry = registry
+        self._kept = plugins.cache(cache) if isinstance(cache, str) else cache
+        self._own_kept = self._kept if isinstance(cache, str) else None
+        self._predictions: PredictionCache | None = None
         self._hints = registry.change_hints(changes) if isinstance(changes, str) else changes
         self._own_hints = self._hints if isinstance(changes, str) else None
         self._models = None if models is None else dict(models)
@@ -105,10 +113,10 @@ class AsyncModelServer:
         Raises ``InvalidInput``, ``ModelNotFound``, ``VersionNotFound``, ``NotReady``, ``Overloaded``,
         ``DeadlineExceeded`` after ``timeout_ms`` (default: the model's), ``InferenceFailed``.
         """
-        values, answered_by, latency_ms, request_id = await self.answer(
+        values, answered_by, latency_ms, request_id, cached = await self.answer(
             model_name, (inputs,), "", request_id, version, timeout_ms
         )
-        return Prediction(values[0], answered_by, latency_ms, request_id)
+        return Prediction(values[0], answered_by, latency_ms, request_id, True in cached)
 
     async def predict_many(
         self,
@@ -122,10 +130,13 @@ class AsyncModelServer:
         """Answer several rows by one version, in order; raises like :meth:`predict`, for the first row at fault."""
         if not instances:
             return []
-        values, answered_by, latency_ms, request_id = await self.answer(
+        values, answered_by, latency_ms, request_id, cached = await self.answer(
             model_name, instances, "instances[{}]", request_id, version, timeout_ms
         )
-        return [Prediction(value, answered_by, latency_ms, request_id) for value in values]
+        return [
+            Prediction(value, answered_by, latency_ms, request_id, known)
+            for value, known in zip(values, cached or [False] * len(values), strict=True)
+        ]
 
     async def answer(  # noqa: PLR0917  # by position: naming six arguments costs the hot path half a microsecond
         self,
@@ -147,21 +158,33 @@ class AsyncModelServer:
             try:
                 rows = _validated(target, instances, where)
                 deadline = self._now() + (target.timeout_s if timeout_ms is None else timeout_ms / 1000)
-                values = _values(await target.pool.submit(rows, deadline))
+                if target.cache_ttl_s and self._predictions is not None:
+                    results, cached = await self._predictions.answer(target, rows, deadline)
+                else:
+                    results, cached = await target.pool.submit(rows, deadline), ()
+                values = _values(results)
             except Exception as error:
                 self._served(target, request_id, len(instances), arrived, error)
                 raise
-            latency_ms = self._served(target, request_id, len(instances), arrived)
-        return values, target.meta.version, latency_ms, request_id
+            latency_ms = self._served(target, request_id, len(instances), arrived, None, cached)
+        return values, target.meta.version, latency_ms, request_id, cached
 
-    def _served(
-        self, target: LoadedVersion, request_id: str, rows: int, arrived: float, error: Exception | None = None
+    def _served(  # noqa: PLR0917  # by position, as above
+        self,
+        target: LoadedVersion,
+        request_id: str,
+        rows: int,
+        arrived: float,
+        error: Exception | None = None,
+        cached: Sequence[bool] = (),
     ) -> float:
         """Tell the observers; return the request's latency in milliseconds."""
         latency_ms = int((perf_counter() - arrived) * 1_000_000) / 1000  # uvloop's time() ticks in milliseconds
         if self._observers:
             meta = target.meta
-            self._observers.emit(Served(meta.model_name, meta.version, request_id, rows, latency_ms, error))
+            self._observers.emit(
+                Served(meta.model_name, meta.version, request_id, rows, latency_ms, error, sum(cached))
+            )
         return latency_ms
 
     # -- looking at it -------------------------------------------------------------------------------------
@@ -222,6 +245,9 @@ class AsyncModelServer:
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load")
         self._executors = (self._sql, self._loads)
         try:
+            self._predictions = PredictionCache.over(self._kept)
+            if any(options.cache_ttl_s for options in (self._models or {}).values()):
+                await self._predictions.open()
             loader = await self._loop.run_in_executor(self._loads, self._open_loader)
             self._live = Live(
                 self.registry,
@@ -253,6 +279,11 @@ class AsyncModelServer:
             self._cache.close()  # or the interpreter, when it exits, waits for a download that nobody wants
         if live is not None:
             await live.stop()
+        predictions, self._predictions = self._predictions, None
+        if predictions is not None:
+            await predictions.close()
+        if self._own_kept is not None:
+            await self._own_kept.close()
         if live is not None and self._own_hints is not None:
             # The threads for SQL may all be waiting for a database that stands still.
             closing = ThreadPoolExecutor(1, thread_name_prefix="modelserve-close")
@@ -310,6 +341,7 @@ class ModelServer:
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
         download_limit_s: float = DOWNLOAD_LIMIT_S,
+        cache: str | Cache | None = None,
         changes: str | ChangeHints | None = None,
         poll_s: float = 1.0,
         trusted_keys: Sequence[str | Path | TrustedKey] = (),
@@ -320,6 +352,7 @@ class ModelServer:
             cache_dir=cache_dir,
             cache_bytes=cache_bytes,
             download_limit_s=download_limit_s,
+            cache=cache,
             changes=changes,
             poll_s=poll_s,
             trusted_keys=trusted_keys,
@@ -458,6 +491,7 @@ def _from_settings(settings: Settings) -> dict[str, Any]:
         "cache_dir": settings.cache_dir,
         "cache_bytes": settings.cache_bytes,
         "download_limit_s": settings.download_limit_s,
+        "cache": settings.cache,
         "changes": settings.changes,
         "poll_s": settings.poll_s,
         "trusted_keys": settings.trusted_keys,

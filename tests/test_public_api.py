@@ -53,10 +53,10 @@ SIGNATURES = {
     "Registry.versions": "self model_name",
     "Registry.production": "self model_name",
     "Registry.history": "self model_name",
-    "AsyncModelServer": "registry models cache_dir cache_bytes download_limit_s changes poll_s trusted_keys",
+    "AsyncModelServer": "registry models cache_dir cache_bytes download_limit_s cache changes poll_s trusted_keys",
     "AsyncModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "AsyncModelServer.predict_many": "self model_name instances version timeout_ms request_id",
-    "ModelServer": "registry models cache_dir cache_bytes download_limit_s changes poll_s trusted_keys",
+    "ModelServer": "registry models cache_dir cache_bytes download_limit_s cache changes poll_s trusted_keys",
     "ModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "import_model": "registry source uri source_url name version example method trusted allow_pickle signing_key "
     "actor reason",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from modelserve.errors import DeadlineExceeded, InferenceFailed, NotReady
 
@@ -89,7 +89,7 @@ def scatter(parts: Sequence[Part[In, Out]], results: Sequence[Out | Exception]) 
 
 def fail(parts: Sequence[Part[In, Out]], error: Exception) -> None:
     """Give every item of a batch this error."""
-    scatter(parts, [_copy(error) for _, start, stop in parts for _ in range(start, stop)])
+    scatter(parts, [copy_of(error) for _, start, stop in parts for _ in range(start, stop)])
 
 
 def error_of(running: asyncio.Future[Sequence[Out]], rows: int) -> Exception | None:
@@ -113,13 +113,13 @@ def _mismatch(results: object, rows: int) -> InferenceFailed | None:
     return None if len(results) == rows else InferenceFailed(f"the model answered {len(results)} rows for {rows}")
 
 
-def _copy(error: Exception) -> Exception:
+def copy_of(error: BaseException) -> Exception:
     """Give each caller an exception of its own: one raised in many tasks would collect all their tracebacks."""
     try:
-        own = error.__class__.__new__(error.__class__)
+        own: Any = error.__class__.__new__(error.__class__)
         own.args = error.args
         own.__dict__.update(error.__dict__)
     except Exception:  # noqa: BLE001  # a class with a constructor of its own kind; no caller may be left waiting for it
         own = InferenceFailed(str(error))
     own.__cause__ = error.__cause__
-    return own
+    return own  # type: ignore[no-any-return]

@@ -174,9 +174,10 @@ def _misshapen(body: dict[str, Json]) -> InvalidInput:
 
 
 def _prediction(key: str, value: Json, answer: Answer) -> Response:
-    _, version, latency_ms, request_id = answer
+    _, version, latency_ms, request_id, cached = answer
+    known = len(cached) > 0 and all(cached)
     return _answer(
-        {key: value, "model_version": version, "latency_ms": latency_ms, "request_id": request_id, "cached": False}
+        {key: value, "model_version": version, "latency_ms": latency_ms, "request_id": request_id, "cached": known}
     )
 
 

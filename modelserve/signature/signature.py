@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from modelserve.errors import InvalidInput
 from modelserve.signature.acceptance import acceptance, is_plain, picker
 from modelserve.signature.batches import stack_column
-from modelserve.signature.canonical import PREFIX, header_of, value_bytes
+from modelserve.signature.canonical import writer
 from modelserve.signature.examination import examiner, kind_of
 from modelserve.signature.examples import columns_of, infer_field, json_value, plain
 from modelserve.signature.fields import MAX_NAME, Field
@@ -27,7 +27,7 @@ class Signature:
     modelserve.errors.InvalidInput: tenure: expected int64, got a string
     """
 
-    __slots__ = ("_examiners", "_fits", "_headers", "_names", "_others", "_pick", "inputs")
+    __slots__ = ("_examiners", "_fits", "_names", "_others", "_pick", "_write", "inputs")
 
     def __init__(self, inputs: Iterable[Field]) -> None:
         self.inputs = tuple(inputs)
@@ -40,7 +40,7 @@ class Signature:
         self._fits = acceptance(self.inputs)
         self._examiners = tuple(examiner(field) for field in self.inputs)
         self._others = tuple((i, self._examiners[i]) for i, field in enumerate(self.inputs) if not is_plain(field))
-        self._headers = tuple(sorted((f.name.encode(), header_of(f), i, f) for i, f in enumerate(self.inputs)))
+        self._write = writer(self.inputs)
 
     # -- the request path ----------------------------------------------------------------------------------
 
@@ -78,10 +78,7 @@ class Signature:
         dimension, then the values in C order: numbers and booleans as little-endian elements with −0.0 as 0.0
         and every NaN as the quiet NaN, strings as u32 length and UTF-8 bytes (null: length 0xFFFFFFFF, no bytes).
         """
-        parts = [PREFIX]
-        for _, header, index, field in self._headers:
-            parts += (header, value_bytes(field, row[index]))
-        return b"".join(parts)
+        return self._write(row)
 
     def _with_others_examined(self, values: Row) -> Row:
         """Take the plain values as they are, and examine the rest: those with a shape, those that may be missing."""

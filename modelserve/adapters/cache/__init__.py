@@ -1,0 +1,1 @@
+"""One shared cache per file, each satisfying :class:`modelserve.ports.Cache`."""

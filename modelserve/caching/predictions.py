@@ -1,0 +1,165 @@
+"""The way of a request whose model has a cache: what is known is answered, what runs is waited for, the rest is run.
+
+Only what the model answered in full is kept: no error, and nothing that JSON would not give back as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Final, Self, TypeAlias
+
+import orjson
+
+from modelserve.caching.envelope import payload_of
+from modelserve.caching.flights import Flight, Flights, Seat
+from modelserve.caching.memory import MemoryCache
+from modelserve.caching.shared import Shared
+from modelserve.caching.tiers import Tiers
+from modelserve.errors import DeadlineExceeded
+from modelserve.execution.calls import copy_of
+from modelserve.loading import LoadedVersion
+from modelserve.ports import Cache
+from modelserve.types import Json, Row
+
+Result: TypeAlias = Json | Exception
+_MISSING: Final = object()
+
+
+class PredictionCache:
+    """Answers rows from ``tiers``, and runs what is not there, once, however many ask for it at the same time.
+
+    All of it belongs to one event loop.
+    """
+
+    def __init__(self, tiers: Tiers) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._tiers = tiers
+        self._flights: Flights[Result] = Flights()
+        self.counts: Counter[str] = Counter()
+        """Rows by how they were answered: ``local``, ``shared``, ``joined`` (an execution that ran), ``miss``."""
+
+    @classmethod
+    def over(cls, cache: Cache | None) -> Self:
+        """Keep answers in this process, and in ``cache`` as well unless that is in this process too."""
+        if cache is None or isinstance(cache, MemoryCache):
+            return cls(Tiers(MemoryCache() if cache is None else cache))
+        return cls(Tiers(MemoryCache(), Shared(cache)))
+
+    async def open(self) -> None:
+        """Connect to the shared cache, if there is one and it answers soon."""
+        await self._tiers.open()
+
+    async def close(self) -> None:
+        """Finish what is on its way to the shared cache, within a second."""
+        await self._tiers.close()
+
+    async def answer(
+        self, target: LoadedVersion, rows: Sequence[Row], deadline: float
+    ) -> tuple[Sequence[Result], Sequence[bool]]:
+        """Return one value or exception for each row, and whether it was in the cache.
+
+        Raises ``DeadlineExceeded`` when that takes longer than ``deadline``, and what submitting to the version's
+        pool raises.
+        """
+        keys = [target.cache_key(row) for row in rows]
+        results = [_MISSING] * len(rows)
+        self._look(keys, results)
+        if self._tiers.has_more and _MISSING in results:
+            await self._fetch(target, keys, results, deadline)
+            self._look(keys, results)  # while that was read, another request may have computed it
+        cached = [each is not _MISSING for each in results]
+        if not all(cached):
+            await self._run(target, rows, keys, results, deadline)
+        return results, cached
+
+    def _look(self, keys: Sequence[str], results: list[Result]) -> None:
+        for i, key in enumerate(keys):
+            if results[i] is _MISSING and (payload := self._tiers.get(key)) is not None:
+                results[i] = orjson.loads(payload)
+                self.counts["local"] += 1
+
+    async def _fetch(self, target: LoadedVersion, keys: Sequence[str], results: list[Result], deadline: float) -> None:
+        wanted = [i for i, each in enumerate(results) if each is _MISSING]
+        found = await self._tiers.fetch([keys[i] for i in wanted], target.cache_ttl_s, deadline)
+        for i, kept in zip(wanted, found, strict=True):
+            if kept is not None:
+                results[i] = kept.value
+                self.counts["shared"] += 1
+
+    async def _run(
+        self, target: LoadedVersion, rows: Sequence[Row], keys: Sequence[str], results: list[Result], deadline: float
+    ) -> None:
+        began = self._loop.time()
+        while wanted := [i for i, each in enumerate(results) if each is _MISSING]:
+            if not deadline > self._loop.time():  # also where it is no time at all (NaN)
+                raise DeadlineExceeded(max(0.0, deadline - began))
+            seats = self._board(target, rows, keys, wanted, deadline)
+            await self._land(seats.values(), deadline)
+            for i, seat in seats.items():
+                results[i] = self._result(seat, deadline)
+
+    def _board(
+        self, target: LoadedVersion, rows: Sequence[Row], keys: Sequence[str], wanted: Sequence[int], deadline: float
+    ) -> Mapping[int, Seat[Result]]:
+        """Find each row its place in a flight; begin one for those that have none."""
+        seats: dict[int, Seat[Result]] = {}
+        fresh: dict[str, int] = {}
+        for i in wanted:
+            seat = self._flights.find(keys[i])
+            if seat is not None:
+                seats[i] = seat
+            else:
+                fresh.setdefault(keys[i], i)
+        if fresh:
+            flight = self._begin(target, [rows[i] for i in fresh.values()], list(fresh), deadline)
+            places = {key: place for place, key in enumerate(fresh)}
+            seats |= {i: Seat(flight, places[keys[i]], own=fresh[keys[i]] == i) for i in wanted if i not in seats}
+        self.counts["miss"] += len(fresh)
+        self.counts["joined"] += len(seats) - len(fresh)
+        return seats
+
+    def _begin(
+        self, target: LoadedVersion, rows: Sequence[Row], keys: Sequence[str], deadline: float
+    ) -> Flight[Result]:
+        """Run rows for whoever wants them: with at least the time that a request of this model has by default."""
+        last = max(deadline, self._loop.time() + target.timeout_s)
+        running = target.pool.submit(rows, last)
+        flight = self._flights.begin(running, keys, last)
+        running.add_done_callback(partial(self._landed, flight, target.cache_ttl_s))
+        return flight
+
+    async def _land(self, seats: Iterable[Seat[Result]], deadline: float) -> None:
+        flights = {id(seat.flight): seat.flight for seat in seats}.values()
+        for flight in flights:
+            flight.aboard += 1
+        try:
+            for flight in flights:
+                await flight.wait(deadline)
+        finally:
+            for flight in flights:
+                self._flights.leave(flight)
+
+    def _landed(self, flight: Flight[Result], ttl_s: float, running: asyncio.Future[Sequence[Result]]) -> None:
+        if not running.cancelled() and running.exception() is None:
+            payloads = [(key, payload_of(each)) for key, each in zip(flight.keys, running.result(), strict=True)]
+            self._tiers.put([(key, payload) for key, payload in payloads if payload is not None], ttl_s)
+        self._flights.end(flight)
+
+    def _result(self, seat: Seat[Result], deadline: float) -> Result:
+        """Return a row's result, or ``_MISSING`` where it has to be asked for once more."""
+        running = seat.flight.future
+        if not running.done() or running.cancelled():
+            return _MISSING  # whoever is late is told so by the caller's next look at the time
+        error = running.exception()
+        if isinstance(error, DeadlineExceeded) and deadline > seat.flight.deadline:
+            return _MISSING  # those who began it had less time
+        if error is not None:
+            raise copy_of(error)
+        result = running.result()[seat.place]
+        if seat.own:
+            return result
+        return copy_of(result) if isinstance(result, Exception) else copy.deepcopy(result)

@@ -1,0 +1,121 @@
+"""A cache that other processes use too, used in such a way that it costs a request little and can fail none."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+from modelserve.caching.breaker import Breaker
+from modelserve.errors import BackendUnavailable, DeadlineExceeded, ModelServeError, in_words
+from modelserve.execution.batcher import Batcher
+from modelserve.ports import Cache, CacheItem
+
+T = TypeVar("T")
+
+_log = logging.getLogger("modelserve")
+_MOST_KEYS: Final = 512  # in one round trip
+_MOST_WAITING: Final = 8192
+_WRITE_S: Final = 1.0
+_OPEN_S: Final = 0.5
+_HANG_S: Final = 2.0  # after which a command is given up, whatever the driver's own patience
+
+
+class Shared:
+    """Reads and writes a :class:`Cache` in batches, one at a time in each direction.
+
+    Reads of one turn of the event loop, and those that come while another is on its way, are one round trip. A read
+    that takes longer than the cache's budget is a miss for who waits, and goes on: a command that is cancelled would
+    cost its connection. Whatever fails is a miss as well, or a value that is not kept.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._cache = cache
+        self._reading, self._writing = Breaker(), Breaker()
+        self._reads: Batcher[str, bytes | None] = Batcher(max_rows=_MOST_KEYS, queue_limit=_MOST_WAITING)
+        self._writes: Batcher[CacheItem, None] = Batcher(max_rows=_MOST_KEYS, queue_limit=_MOST_WAITING)
+        self._reads.add(self._read)
+        self._writes.add(self._write)
+        self.unread = 0
+        """Keys whose reading failed, was late or was not tried."""
+        self.unwritten = 0
+        """Values whose writing failed or was not tried."""
+
+    async def get_many(self, keys: Sequence[str], deadline: float = math.inf) -> Sequence[bytes | None]:
+        """Return what is kept under each key, None for what cannot be had in time. Never raises for the cache.
+
+        The time is over at ``deadline``, if that is before the end of the budget.
+        """
+        now = self._loop.time()
+        budget_ends = now + self._cache.budget_s
+        found: Sequence[bytes | Exception | None] = ()
+        if self._reading.lets_through(now):
+            try:
+                found = await self._reads.submit(keys, min(budget_ends, deadline))
+            except DeadlineExceeded:
+                if deadline >= budget_ends:  # else it was the caller who had no more time
+                    self._reading.failed(self._loop.time())
+            except ModelServeError:
+                pass  # too many wait already, or it is being closed
+        failed = len(keys) - len(found) + sum(isinstance(each, Exception) for each in found)
+        self.unread += failed
+        if not failed:
+            return found  # type: ignore[return-value]  # none of them is an exception
+        return [None if isinstance(each, Exception) else each for each in found] or [None] * len(keys)
+
+    def put(self, items: Sequence[CacheItem]) -> None:
+        """Have values kept, soon. Does not wait, and drops them where too many wait already."""
+        now = self._loop.time()
+        if not self._writing.lets_through(now):
+            self.unwritten += len(items)
+            return
+        try:
+            self._writes.submit(items, now + _WRITE_S).add_done_callback(self._written)
+        except ModelServeError:
+            self.unwritten += len(items)
+
+    async def open(self) -> None:
+        """Connect, so that the first request need not. One that does not answer is left to the requests to find."""
+        try:
+            async with asyncio.timeout(_OPEN_S):
+                await self._cache.ping()
+        except Exception as error:  # noqa: BLE001  # a third party's; predictions do not depend on it
+            _log.warning("the cache of predictions does not answer; they are computed: %s", in_words(error))
+
+    async def close(self) -> None:
+        """Finish what is on its way, within a second, and give up the rest."""
+        await asyncio.gather(self._reads.close(), self._writes.close())
+
+    async def _read(self, keys: list[str]) -> Sequence[bytes | None]:
+        began = self._loop.time()
+        found = await self._tried(self._reading, lambda: self._cache.get_many(keys))
+        if self._loop.time() - began > self._cache.budget_s:
+            self._reading.failed(self._loop.time())
+        else:
+            self._reading.succeeded()
+        return found
+
+    async def _write(self, items: list[CacheItem]) -> Sequence[None]:
+        await self._tried(self._writing, lambda: self._cache.put_many(items))
+        self._writing.succeeded()
+        return [None] * len(items)
+
+    async def _tried(self, breaker: Breaker, attempt: Callable[[], Awaitable[T]]) -> T:
+        was_open = breaker.open
+        try:
+            async with asyncio.timeout(_HANG_S):
+                return await attempt()
+        except Exception as error:
+            breaker.failed(self._loop.time())
+            if breaker.open and not was_open:
+                _log.warning("the cache of predictions fails, it is left alone for a while: %s", in_words(error))
+            raise BackendUnavailable("the cache", "a command failed") from error
+
+    def _written(self, writing: asyncio.Future[Sequence[Exception | None]]) -> None:
+        if writing.cancelled() or writing.exception() is not None:
+            self.unwritten += 1
+        else:
+            self.unwritten += sum(each is not None for each in writing.result())

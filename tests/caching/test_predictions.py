@@ -1,0 +1,330 @@
+"""A request and the cache, in virtual time: one execution for all who ask, and an answer for each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modelserve.caching.memory import MemoryCache
+from modelserve.caching.predictions import PredictionCache
+from modelserve.errors import DeadlineExceeded, InferenceFailed, Overloaded
+from modelserve.testing.clock import VirtualTimeLoop
+from tests.caching.doubles import FaultyCache, Target, Turns
+
+T = TypeVar("T")
+
+
+def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run in virtual time."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(work())
+
+
+def ask(cache: PredictionCache, target: Target, *values: Any, within_s: float = 1.0) -> asyncio.Task[Any]:
+    """Ask for some rows as a request does."""
+    deadline = asyncio.get_running_loop().time() + within_s
+    return asyncio.create_task(cache.answer(target.loaded, [(value,) for value in values], deadline))  # type: ignore[arg-type]
+
+
+def test_the_second_time_it_is_known() -> None:
+    """What was computed once is answered from memory, at once, and says so."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target()
+        assert await ask(cache, target, 1) == ([[1]], [False])
+        assert await ask(cache, target, 1) == ([[1]], [True])
+        assert target.runs == [(1,)]
+        assert +cache.counts == {"miss": 1, "local": 1}
+
+    run(work)
+
+
+def test_only_the_rows_that_are_not_known_run() -> None:
+    """Of a request of five rows, two known and two the same, two are run; all are answered at their place."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target()
+        await ask(cache, target, 1, 2)
+        results, cached = await ask(cache, target, 3, 1, 4, 3, 2)
+        assert results == [[3], [1], [4], [3], [2]]
+        assert cached == [False, True, False, False, True]
+        assert target.runs == [(1,), (2,), (3,), (4,)]
+
+    run(work)
+
+
+def test_five_hundred_callers_on_a_cold_key_are_one_execution() -> None:
+    """However many ask for the same, whether something is shared or not, it is run once, also when it has expired."""
+
+    async def work(far: FaultyCache | None) -> None:
+        now = 0.0
+        near = MemoryCache(clock=lambda: now)
+        cache, target = PredictionCache.over(near if far is None else far), Target(ttl_s=60.0)
+        for runs in (1, 2):
+            target.gate.clear()
+            asking = [ask(cache, target, 7) for _ in range(500)]
+            await Turns.until(lambda runs=runs: len(target.runs) == runs)
+            asking += [ask(cache, target, 7) for _ in range(100)]
+            for _ in range(20):
+                await asyncio.sleep(0)
+            target.gate.set()
+            answers = await asyncio.gather(*asking)
+            assert [results for results, _ in answers] == [[[7]]] * 600
+            assert len(target.runs) == runs
+            if far is not None:
+                break
+            now += 61.0
+        await cache.close()
+
+    run(lambda: work(None))
+    run(lambda: work(FaultyCache()))
+
+
+def test_whoever_began_it_may_go() -> None:
+    """The first caller is cancelled while its execution runs: the others are answered, by that execution."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target()
+        target.gate.clear()
+        first, *others = [ask(cache, target, 7) for _ in range(5)]
+        await Turns.until(lambda: target.runs)
+        first.cancel()
+        await asyncio.wait([first])
+        target.gate.set()
+        assert await asyncio.gather(*others) == [([[7]], [False])] * 4
+        assert target.runs == [(7,)]
+
+    run(work)
+
+
+def test_each_caller_has_its_own_deadline() -> None:
+    """The one who began it with 10 ms is told after 10 ms, one with 50 after 50, one with a second is answered."""
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        cache, target = PredictionCache.over(None), Target(timeout_s=1.0)
+        target.gate.clear()
+        asking = [ask(cache, target, 7, within_s=limit) for limit in (0.010, 0.050, 1.0)]
+        told = []
+        for i in (0, 1):
+            with pytest.raises(DeadlineExceeded):
+                await asking[i]
+            told.append(loop.time())
+        assert told == pytest.approx([0.010, 0.050], abs=0.001)
+        target.gate.set()
+        assert await asking[2] == ([[7]], [False])
+        assert target.runs == [(7,)]
+
+    run(work)
+
+
+def test_a_caller_with_more_time_outlives_an_execution_with_less() -> None:
+    """One that joins with ten seconds an execution that may take one is not told after one: it is run again."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target(timeout_s=1.0)
+        target.gate.clear()
+        short = ask(cache, target, 7, within_s=1.0)
+        await Turns.until(lambda: target.runs)
+        patient = ask(cache, target, 7, within_s=10.0)
+        with pytest.raises(DeadlineExceeded):
+            await short
+        target.gate.set()
+        assert await patient == ([[7]], [False])
+
+    run(work)
+
+
+@pytest.mark.parametrize("no_time", [0.0, -1.0, math.nan])
+def test_no_time_is_exceeded_at_once_but_what_is_known_is_answered(no_time: float) -> None:
+    """Without time nothing is run; an answer that is there needs none."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target()
+        with pytest.raises(DeadlineExceeded):
+            await ask(cache, target, 1, within_s=no_time)
+        assert target.runs == []
+        await ask(cache, target, 1)
+        assert await ask(cache, target, 1, within_s=no_time) == ([[1]], [True])
+
+    run(work)
+
+
+def test_what_nobody_waits_for_is_not_run() -> None:
+    """When all who asked have gone before it began, it leaves the queue; asked again, it is run for whoever asks."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target()
+        target.gate.clear()
+        busy = ask(cache, target, 0)
+        await Turns.until(lambda: target.runs)
+        gone = [ask(cache, target, 7) for _ in range(3)]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        for each in gone:
+            each.cancel()
+        await asyncio.wait(gone)
+        assert len(cache._flights) == 1
+        target.gate.set()
+        await busy
+        assert target.runs == [(0,)]
+        assert await ask(cache, target, 7) == ([[7]], [False])
+
+    run(work)
+
+
+def test_errors_are_told_to_all_who_wait_and_never_kept() -> None:
+    """Each gets an error of its own, and the next request runs the row again."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target()
+        target.fails = True
+        answers = await asyncio.gather(*(ask(cache, target, 7) for _ in range(3)))
+        errors = [results[0] for results, _ in answers]
+        assert all(isinstance(error, InferenceFailed) for error in errors)
+        assert len(set(map(id, errors))) == 3
+        target.fails = False
+        assert await ask(cache, target, 7) == ([[7]], [False])
+
+    run(work)
+
+
+def test_what_the_pool_refuses_is_told_and_leaves_nothing_behind() -> None:
+    """A full queue is ``Overloaded`` for who began it; nobody joins an execution that never was."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target()
+        with pytest.raises(Overloaded):
+            await ask(cache, target, *range(2000))
+        assert len(cache._flights) == 0
+        await target.pool.close()
+        with pytest.raises(Exception, match="taken out of service"):
+            await ask(cache, target, 7)
+        assert len(cache._flights) == 0
+
+    run(work)
+
+
+def test_answers_that_json_would_change_are_computed_each_time() -> None:
+    """NaN comes back as NaN, because it is not kept."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target()
+        for _ in range(2):
+            ((value,), cached) = await ask(cache, target, math.nan)
+            assert math.isnan(value[0])
+            assert cached == [False]
+        assert len(target.runs) == 2
+
+    run(work)
+
+
+def test_what_a_caller_does_to_its_answer_reaches_nobody() -> None:
+    """Lists are the caller's own, whether computed, joined or known."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target()
+        answers = [*await asyncio.gather(*(ask(cache, target, 7) for _ in range(3))), await ask(cache, target, 7)]
+        for results, _ in answers:
+            assert results == [[7]]
+            results[0].append("mine")
+        assert await ask(cache, target, 7) == ([[7]], [True])
+
+    run(work)
+
+
+def test_another_model_and_no_time_to_live_are_not_mixed_up() -> None:
+    """Two models with the same input have an answer each."""
+
+    async def work() -> None:
+        cache, one, other = PredictionCache.over(None), Target(name="one"), Target(name="other")
+        await asyncio.gather(ask(cache, one, 7), ask(cache, other, 7))
+        assert (one.runs, other.runs) == ([(7,)], [(7,)])
+
+    run(work)
+
+
+def test_another_process_computed_it_meanwhile() -> None:
+    """What a shared cache has is answered from there without running, and from memory the next time."""
+
+    async def work() -> None:
+        far = FaultyCache()
+        here, there, target, other = PredictionCache.over(far), PredictionCache.over(far), Target(), Target()
+        await ask(here, target, 7)
+        await Turns.until(lambda: len(far))
+        assert await ask(there, other, 7) == ([[7]], [True])
+        assert await ask(there, other, 7) == ([[7]], [True])
+        assert other.runs == []
+        assert len(far.reads) == 2
+        assert +there.counts == {"shared": 1, "local": 1}
+        await asyncio.gather(here.close(), there.close())
+
+    run(work)
+
+
+STEP = st.one_of(
+    st.tuples(st.just("ask"), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.floats(0.001, 3.0)),
+    st.tuples(st.just("cancel"), st.integers(0, 30)),
+    st.tuples(st.just("pass"), st.floats(0.0, 0.7)),
+    st.tuples(st.sampled_from(["stall", "flow", "fail", "heal", "far stalls", "far flows", "forget"])),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(STEP, max_size=40), st.booleans())
+def test_whatever_happens_each_gets_its_own_answer_in_time(steps: list[Any], shared: bool) -> None:
+    """Requests that come, go, run out of time and fail in any order: right or a typed error, and nothing left."""
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        far = FaultyCache()
+        near = MemoryCache()
+        cache, target = PredictionCache.over(far if shared else near), Target(timeout_s=0.5)
+        asked: list[tuple[asyncio.Task[Any], list[int], float]] = []
+        ended: dict[int, float] = {}
+        for step in steps:
+            match step:
+                case ("ask", values, within_s):
+                    task = ask(cache, target, *values, within_s=within_s)
+                    number = len(asked)
+                    task.add_done_callback(lambda _, number=number: ended.setdefault(number, loop.time()))
+                    asked.append((task, values, loop.time() + within_s))
+                case ("cancel", number) if number < len(asked):
+                    asked[number][0].cancel()
+                case ("pass", seconds):
+                    await asyncio.sleep(seconds)
+                case ("stall",) | ("flow",):
+                    target.gate.set() if step[0] == "flow" else target.gate.clear()
+                case ("far stalls",) | ("far flows",):
+                    far.flows.set() if step[0] == "far flows" else far.flows.clear()
+                case ("fail",) | ("heal",):
+                    target.fails = step[0] == "fail"
+                case ("forget",):
+                    await near.clear("")
+        await asyncio.wait([task for task, _, _ in asked]) if asked else None
+        for number, (task, values, deadline) in enumerate(asked):
+            assert ended[number] <= deadline + 0.03
+            if task.cancelled():
+                continue
+            error = task.exception()
+            if error is not None:
+                assert isinstance(error, DeadlineExceeded | Overloaded)
+                continue
+            results, _ = task.result()
+            assert all(
+                isinstance(each, InferenceFailed) or each == [value]
+                for each, value in zip(results, values, strict=True)
+            )
+        assert len(cache._flights) == 0
+        target.gate.set()
+        far.flows.set()
+        await cache.close()
+        await target.pool.close()
+
+    run(work)
