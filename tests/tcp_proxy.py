@@ -1,4 +1,4 @@
-"""A proxy in front of a TCP server, in the test's own event loop: it counts connections, delays, stops, cuts, garbles."""
+"""A proxy in front of a TCP server, in the test's event loop: it counts connections, delays, stops, cuts, garbles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ class TcpProxy:
 
     async def serve(self, near: asyncio.StreamReader, to_near: asyncio.StreamWriter) -> None:
         self.opened += 1
-        far, to_far = await asyncio.open_connection("127.0.0.1", self._upstream)
+        try:
+            far, to_far = await asyncio.open_connection("127.0.0.1", self._upstream)
+        except OSError:
+            to_near.transport.abort()
+            return
         ours = {to_near, to_far}
         self._writers |= ours
         self.most = max(self.most, len(self._writers) // 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 import math
@@ -9,9 +10,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from modelserve.signature import Signature
+from modelserve.signature import Field, Signature
+from modelserve.signature.digest import input_digest
+from modelserve.types import Artifact, ModelVersion
 
 VECTORS = Path(__file__).parents[1] / "docs" / "reference" / "canonical_input_vectors.json"
 CASES: list[dict[str, Any]] = json.loads(VECTORS.read_text(encoding="utf-8"))["vectors"]
@@ -75,6 +81,33 @@ def string(_: str, value: str | None) -> bytes:
     return struct.pack("<I", len(value.encode("utf-8"))) + value.encode("utf-8")
 
 
+def digest_by_the_layout(model_name: str, version: str, sha256: str, canonical: bytes) -> bytes:
+    """Compute the digest of an input from its documented layout, without the library."""
+    texts = [text.encode("utf-8") for text in (model_name, version, sha256)]
+    return hashlib.sha256(
+        b"mi1\x00" + b"".join(struct.pack("<I", len(text)) + text for text in texts) + canonical
+    ).digest()
+
+
+def version_of(model_name: str = "churn", version: str = "1.4.2", sha256: str = "5f" * 32) -> ModelVersion:
+    """Make a registry's version, of which only these three matter."""
+    return ModelVersion(
+        id=1,
+        model_name=model_name,
+        version=version,
+        framework="sklearn",
+        artifact=Artifact(key="", sha256=sha256, size=1, format="skops"),
+        signature={},
+        load_options={},
+        example=None,
+        conversion=None,
+        metrics={},
+        tags={},
+        status="staging",
+        created_at=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+    )
+
+
 # -- the vectors -------------------------------------------------------------------------------------------
 
 
@@ -135,3 +168,70 @@ def test_nan_and_null_are_one_missing_value() -> None:
     case = next(case for case in CASES if case["name"] == "a missing float64")
 
     assert canonical(case, {"age": math.nan}) == canonical(case, {"age": None}) == canonical(case)
+
+
+# -- the digest of an input to a version -------------------------------------------------------------------
+
+
+@vectors
+def test_the_digest_is_the_documented_one(case: dict[str, Any]) -> None:
+    """Whoever follows the documented layout arrives at the digest that keys cached predictions."""
+    signature = Signature.from_json(case["signature"])
+    digest = input_digest(version_of(), signature)(signature.validate(case["inputs"]))
+    assert digest == digest_by_the_layout("churn", "1.4.2", "5f" * 32, bytes.fromhex(case["canonical"]))
+
+
+def test_no_two_versions_share_a_digest() -> None:
+    """Model, version, artifact and input each tell apart, also where one ends as the next begins."""
+    signature = Signature([Field("x", "float64")])
+    versions = [
+        version_of(),
+        version_of(model_name="fraud"),
+        version_of(version="1.4.3"),
+        version_of(sha256="60" * 32),
+        version_of(model_name="churn1", version=".4.2"),
+    ]
+    digests = {input_digest(each, signature)((x,)) for each in versions for x in (0.0, 1.0)}
+    assert len(digests) == 10
+
+
+SCALARS = {
+    "float64": st.floats(allow_infinity=False) | st.integers(-(2**60), 2**60),
+    "float32": st.floats(allow_infinity=False, width=32) | st.floats(-1e38, 1e38),
+    "float16": st.floats(allow_infinity=False, width=16) | st.floats(-6e4, 6e4),
+    "int8": st.integers(-128, 127),
+    "uint64": st.integers(0, 2**64 - 1),
+    "bool": st.booleans(),
+    "string": st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+}
+
+
+@given(st.data())
+def test_any_mixture_of_inputs_is_written_as_documented(data: st.DataObject) -> None:
+    """Scalars of all types side by side, with shapes between them, missing or not, follow the layout to the byte."""
+    dtypes = data.draw(st.lists(st.sampled_from(sorted(SCALARS)), min_size=1, max_size=8))
+    shapes = [data.draw(st.sampled_from([(), (), (2,)])) for _ in dtypes]
+    nullable = {"float16", "float32", "float64", "string"}
+    names = data.draw(st.permutations([f"n{i}" for i in range(len(dtypes))]))
+    fields = [Field(n, d, s, nullable=d in nullable) for n, d, s in zip(names, dtypes, shapes, strict=True)]
+    inputs = {
+        field.name: [data.draw(SCALARS[field.dtype]) for _ in range(2)]
+        if field.shape
+        else data.draw(SCALARS[field.dtype])
+        for field in fields
+    }
+    signature = Signature(fields)
+    assert signature.canonical(signature.validate(inputs)) == by_the_layout(
+        signature.to_json(), rounded(fields, inputs)
+    )
+
+
+def rounded(fields: list[Field], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of narrow types as these hold them."""
+    narrow = {"float16": np.float16, "float32": np.float32}
+    return {
+        field.name: inputs[field.name]
+        if field.dtype not in narrow
+        else np.array(inputs[field.name], dtype=narrow[field.dtype]).tolist()
+        for field in fields
+    }

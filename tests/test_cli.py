@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import json
 import os
@@ -27,6 +28,7 @@ import modelserve
 from modelserve import plugins
 from modelserve.cli.commands import app
 from modelserve.cli.reading import bytes_of, duration_of, rows_of
+from modelserve.ports import CacheItem
 
 ROOT = Path(modelserve.__file__).parents[1]
 ROWS = pd.DataFrame({"tenure": [1, 5, 40, 60], "spend": [0.5, 1.5, 2.5, 3.5]})
@@ -560,6 +562,44 @@ def test_the_installed_command_is_this_one() -> None:
     """The entry point that the package declares exists."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert plugins.resolve(project["scripts"]["modelserve"]).__name__ == "run"
+
+
+# -- the predictions that servers share --------------------------------------------------------------------
+
+
+def test_the_predictions_of_a_model_are_forgotten(invoke: Invoke, redis_url: str) -> None:
+    """Of a shared cache, what is kept of one model goes, and is counted; that of another one stays."""
+
+    async def put() -> None:
+        cache = plugins.cache(redis_url)
+        await cache.put_many([CacheItem(key, b"1", 60.0) for key in ("churn:a", "churn:b", "churn-eu:a")])
+        await cache.close()
+
+    asyncio.run(put())
+    for count in (2, 0):
+        told = invoke("predictions", "clear", "churn", "--cache", redis_url)
+        assert told.exit_code == 0
+        assert told.stdout == f"{count} predictions of churn are forgotten\n"
+    assert "1 predictions" in invoke("predictions", "clear", "churn-eu", "--cache", redis_url).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("churn",), "no cache is set"),
+        (("churn", "--cache", "memory://"), "memory:// is in the processes of the servers"),
+        (("churn", "--cache", "redis://127.0.0.1:1"), "Redis is unavailable: no connection"),
+        (("no*name", "--cache", "redis://127.0.0.1:1"), "is no model's name"),
+    ],
+)
+def test_predictions_that_cannot_be_forgotten_are_told(
+    invoke: Invoke, arguments: tuple[str, ...], problem: str
+) -> None:
+    """Without a cache that can be reached from here there is one line that says why, and exit code 1."""
+    told = invoke("predictions", "clear", *arguments)
+    assert told.exit_code == 1
+    assert problem in told.stderr
+    assert len(told.stderr.splitlines()) == 1
 
 
 # -- the disk cache ----------------------------------------------------------------------------------------

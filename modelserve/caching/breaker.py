@@ -6,7 +6,7 @@ import math
 from typing import Final
 
 _FAILURES: Final = 3
-_APART_S: Final = 0.05  # failures closer to each other are one: a moment's stall fails everybody who waits
+_APART_S: Final = 0.05  # what is late within such a time is one failure: a moment's stall makes everybody late
 _FIRST_PAUSE_S: Final = 0.5
 _LAST_PAUSE_S: Final = 5.0
 
@@ -36,10 +36,13 @@ class Breaker:
         self._next = now + self._pause_s
         return True
 
+    def late(self, now: float) -> None:
+        """Note that somebody waited for an attempt for too long."""
+        if now - self._failed_at >= _APART_S:
+            self.failed(now)
+
     def failed(self, now: float) -> None:
-        """Note that an attempt failed, or took too long."""
-        if now - self._failed_at < _APART_S:
-            return
+        """Note that an attempt failed."""
         self._pause_s = min(_LAST_PAUSE_S, 2 * self._pause_s) if self.open else _FIRST_PAUSE_S
         self._failures += 1
         self._failed_at, self._next = now, now + self._pause_s

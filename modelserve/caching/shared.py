@@ -57,7 +57,7 @@ class Shared:
                 found = await self._reads.submit(keys, min(budget_ends, deadline))
             except DeadlineExceeded:
                 if deadline >= budget_ends:  # else it was the caller who had no more time
-                    self._reading.failed(self._loop.time())
+                    self._reading.late(self._loop.time())
             except ModelServeError:
                 pass  # too many wait already, or it is being closed
         failed = len(keys) - len(found) + sum(isinstance(each, Exception) for each in found)
@@ -93,7 +93,7 @@ class Shared:
         began = self._loop.time()
         found = await self._tried(self._reading, lambda: self._cache.get_many(keys))
         if self._loop.time() - began > self._cache.budget_s:
-            self._reading.failed(self._loop.time())
+            self._reading.late(self._loop.time())
         else:
             self._reading.succeeded()
         return found

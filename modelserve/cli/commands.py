@@ -11,6 +11,7 @@ import typer
 
 import modelserve
 from modelserve.cli.caching import cache
+from modelserve.cli.predictions import predictions
 from modelserve.cli.printing import AsJson, encode, moment, pairs, printable, show, told
 from modelserve.cli.reading import metrics_of, read_table, rows_of, tags_of
 from modelserve.config import ModelOptions, Settings
@@ -26,6 +27,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 database = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the registry's database.")
 app.add_typer(database, name="db")
 app.add_typer(cache, name="cache")
+app.add_typer(predictions, name="predictions")
 imports = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Take models over from other registries.")
 app.add_typer(imports, name="import")
 

@@ -105,5 +105,5 @@ class Turns:
     @staticmethod
     async def until(condition: Any) -> None:
         async with asyncio.timeout(20):
-            while not condition():
+            while not condition():  # noqa: ASYNC110  # what it waits for has no event
                 await asyncio.sleep(0)

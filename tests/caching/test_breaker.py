@@ -27,11 +27,17 @@ def test_three_failures_in_a_row_open_it_and_a_success_closes_it() -> None:
     assert breaker.lets_through(4.4)
 
 
-def test_failures_of_one_moment_are_one() -> None:
-    """A stall that fails a crowd at once does not open it."""
+def test_what_is_late_in_one_moment_is_one_failure() -> None:
+    """A stall that makes a crowd wait does not open it; three stalls in a row do, and so do three errors at once."""
     breaker = Breaker()
-    fail(breaker, *(1.0 + i / 1000 for i in range(40)))
-    assert not breaker.open
+    for stall in (1.0, 2.0, 3.0):
+        assert not breaker.open
+        for i in range(40):
+            breaker.late(stall + i / 1000)
+    assert breaker.open
+    breaker = Breaker()
+    fail(breaker, 1.0, 1.001, 1.002)
+    assert breaker.open
 
 
 def test_one_attempt_after_each_growing_pause() -> None:
@@ -57,7 +63,7 @@ def test_an_attempt_that_never_ends_is_followed_by_another() -> None:
     assert breaker.lets_through(1.2)
 
 
-@given(st.lists(st.tuples(st.floats(0.0, 2.0), st.sampled_from(["ask", "fail", "succeed"])), max_size=80))
+@given(st.lists(st.tuples(st.floats(0.0, 2.0), st.sampled_from(["ask", "fail", "late", "succeed"])), max_size=80))
 def test_it_never_holds_back_for_more_than_five_seconds(steps: list[tuple[float, str]]) -> None:
     """Whatever happened before, five quiet seconds later an attempt is let through."""
     breaker, now = Breaker(), 0.0
@@ -65,8 +71,8 @@ def test_it_never_holds_back_for_more_than_five_seconds(steps: list[tuple[float,
         now += passed
         if what == "ask":
             breaker.lets_through(now)
-        elif what == "fail":
-            breaker.failed(now)
+        elif what in {"fail", "late"}:
+            breaker.failed(now) if what == "fail" else breaker.late(now)
         else:
             breaker.succeeded()
             assert breaker.lets_through(now)

@@ -29,7 +29,7 @@ def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 def ask(cache: PredictionCache, target: Target, *values: Any, within_s: float = 1.0) -> asyncio.Task[Any]:
     """Ask for some rows as a request does."""
     deadline = asyncio.get_running_loop().time() + within_s
-    return asyncio.create_task(cache.answer(target.loaded, [(value,) for value in values], deadline))  # type: ignore[arg-type]
+    return asyncio.create_task(cache.answer(target.loaded, [(value,) for value in values], deadline))
 
 
 def test_the_second_time_it_is_known() -> None:
@@ -268,63 +268,84 @@ def test_another_process_computed_it_meanwhile() -> None:
     run(work)
 
 
-STEP = st.one_of(
-    st.tuples(st.just("ask"), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.floats(0.001, 3.0)),
-    st.tuples(st.just("cancel"), st.integers(0, 30)),
-    st.tuples(st.just("pass"), st.floats(0.0, 0.7)),
-    st.tuples(st.sampled_from(["stall", "flow", "fail", "heal", "far stalls", "far flows", "forget"])),
+class Crowd:
+    """Requests that come and go, over a model and caches that fail, and a look at what they got."""
+
+    def __init__(self, *, shared: bool) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.near, self.far, self.target = MemoryCache(), FaultyCache(), Target(timeout_s=0.5)
+        self.cache = PredictionCache.over(self.far if shared else self.near)
+        self.asked: list[tuple[asyncio.Task[Any], list[int], float]] = []
+        self.ended: dict[asyncio.Task[Any], float] = {}
+
+    async def ask(self, values: list[int], within_s: float) -> None:
+        task = ask(self.cache, self.target, *values, within_s=within_s)
+        task.add_done_callback(lambda _: self.ended.setdefault(task, self.loop.time()))
+        self.asked.append((task, values, self.loop.time() + within_s))
+
+    async def cancel(self, number: int) -> None:
+        if number < len(self.asked):
+            self.asked[number][0].cancel()
+
+    async def wait(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def model(self, state: str) -> None:
+        self.target.fails = state == "fails"
+        self.target.gate.clear() if state == "stalls" else self.target.gate.set()
+
+    async def redis(self, state: str) -> None:
+        self.far.error = OSError() if state == "fails" else None
+        self.far.flows.clear() if state == "stalls" else self.far.flows.set()
+
+    async def forget(self) -> None:
+        await self.near.clear("")
+
+    async def judge(self) -> None:
+        """Wait for every request; each has its own answer, or a typed error, in time; nothing is left."""
+        if self.asked:
+            await asyncio.wait([task for task, _, _ in self.asked])
+        for task, values, deadline in self.asked:
+            assert self.ended[task] <= deadline + 0.01
+            if not task.cancelled():
+                assert_right(task, values)
+        assert len(self.cache._flights) == 0
+        await self.model("well")
+        await self.redis("well")
+        await self.cache.close()
+        await self.target.pool.close()
+
+
+def assert_right(task: asyncio.Task[Any], values: list[int]) -> None:
+    error = task.exception()
+    if error is not None:
+        assert isinstance(error, DeadlineExceeded | Overloaded)
+        return
+    for result, value in zip(task.result()[0], values, strict=True):
+        assert isinstance(result, InferenceFailed) or result == [value]
+
+
+STATES = st.sampled_from(["well", "fails", "stalls"])
+STEPS = st.one_of(
+    st.tuples(st.just(Crowd.ask), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.floats(0.001, 3.0)),
+    st.tuples(st.just(Crowd.cancel), st.integers(0, 30)),
+    st.tuples(st.just(Crowd.wait), st.floats(0.0, 0.7)),
+    st.tuples(st.just(Crowd.model), STATES),
+    st.tuples(st.just(Crowd.redis), STATES),
+    st.tuples(st.just(Crowd.forget)),
 )
 
 
+@pytest.mark.promise("P1")
 @settings(max_examples=150, deadline=None)
-@given(st.lists(STEP, max_size=40), st.booleans())
-def test_whatever_happens_each_gets_its_own_answer_in_time(steps: list[Any], shared: bool) -> None:
+@given(steps=st.lists(STEPS, max_size=40), shared=st.booleans())
+def test_whatever_happens_each_gets_its_own_answer_in_time(*, steps: list[Any], shared: bool) -> None:
     """Requests that come, go, run out of time and fail in any order: right or a typed error, and nothing left."""
 
     async def work() -> None:
-        loop = asyncio.get_running_loop()
-        far = FaultyCache()
-        near = MemoryCache()
-        cache, target = PredictionCache.over(far if shared else near), Target(timeout_s=0.5)
-        asked: list[tuple[asyncio.Task[Any], list[int], float]] = []
-        ended: dict[int, float] = {}
-        for step in steps:
-            match step:
-                case ("ask", values, within_s):
-                    task = ask(cache, target, *values, within_s=within_s)
-                    number = len(asked)
-                    task.add_done_callback(lambda _, number=number: ended.setdefault(number, loop.time()))
-                    asked.append((task, values, loop.time() + within_s))
-                case ("cancel", number) if number < len(asked):
-                    asked[number][0].cancel()
-                case ("pass", seconds):
-                    await asyncio.sleep(seconds)
-                case ("stall",) | ("flow",):
-                    target.gate.set() if step[0] == "flow" else target.gate.clear()
-                case ("far stalls",) | ("far flows",):
-                    far.flows.set() if step[0] == "far flows" else far.flows.clear()
-                case ("fail",) | ("heal",):
-                    target.fails = step[0] == "fail"
-                case ("forget",):
-                    await near.clear("")
-        await asyncio.wait([task for task, _, _ in asked]) if asked else None
-        for number, (task, values, deadline) in enumerate(asked):
-            assert ended[number] <= deadline + 0.03
-            if task.cancelled():
-                continue
-            error = task.exception()
-            if error is not None:
-                assert isinstance(error, DeadlineExceeded | Overloaded)
-                continue
-            results, _ = task.result()
-            assert all(
-                isinstance(each, InferenceFailed) or each == [value]
-                for each, value in zip(results, values, strict=True)
-            )
-        assert len(cache._flights) == 0
-        target.gate.set()
-        far.flows.set()
-        await cache.close()
-        await target.pool.close()
+        crowd = Crowd(shared=shared)
+        for do, *arguments in steps:
+            await do(crowd, *arguments)
+        await crowd.judge()
 
     run(work)

@@ -225,7 +225,8 @@ def test_another_number_of_values_than_keys_is_no_answer() -> None:
         keep(cache, "m:a", "m:b")
 
         async def short(keys: Any) -> list[bytes | None]:
-            return [b"m:b"][: len(keys) - 1]
+            values: list[bytes | None] = [b"m:b"]
+            return values[: len(keys) - 1]
 
         cache.get_many = short  # type: ignore[method-assign]
         shared = Shared(cache)
