@@ -98,7 +98,8 @@ class PredictionCache:
             if not deadline > self._loop.time():  # also where it is no time at all (NaN)
                 raise DeadlineExceeded(max(0.0, deadline - began))
             seats = self._board(target, rows, keys, wanted, deadline)
-            await self._land(seats.values(), deadline)
+            if not await self._land(seats.values(), deadline):
+                raise DeadlineExceeded(max(0.0, deadline - began))
             for i, seat in seats.items():
                 results[i] = self._result(seat, deadline)
 
@@ -132,28 +133,33 @@ class PredictionCache:
         running.add_done_callback(partial(self._landed, flight, target.cache_ttl_s))
         return flight
 
-    async def _land(self, seats: Iterable[Seat[Result]], deadline: float) -> None:
+    async def _land(self, seats: Iterable[Seat[Result]], deadline: float) -> bool:
+        """Wait for the flights of these seats; return whether they all landed before the deadline."""
         flights = {id(seat.flight): seat.flight for seat in seats}.values()
         for flight in flights:
             flight.aboard += 1
         try:
             for flight in flights:
-                await flight.wait(deadline)
+                if not await flight.wait(deadline):
+                    return False
+            return True
         finally:
             for flight in flights:
                 self._flights.leave(flight)
 
     def _landed(self, flight: Flight[Result], ttl_s: float, running: asyncio.Future[Sequence[Result]]) -> None:
-        if not running.cancelled() and running.exception() is None:
-            payloads = [(key, payload_of(each)) for key, each in zip(flight.keys, running.result(), strict=True)]
-            self._tiers.put([(key, payload) for key, payload in payloads if payload is not None], ttl_s)
-        self._flights.end(flight)
+        try:
+            if not running.cancelled() and running.exception() is None:
+                payloads = [(key, payload_of(each)) for key, each in zip(flight.keys, running.result(), strict=True)]
+                self._tiers.put([(key, payload) for key, payload in payloads if payload is not None], ttl_s)
+        finally:
+            self._flights.end(flight)  # whatever a host's own cache does, nobody is left waiting
 
     def _result(self, seat: Seat[Result], deadline: float) -> Result:
         """Return a row's result, or ``_MISSING`` where it has to be asked for once more."""
         running = seat.flight.future
-        if not running.done() or running.cancelled():
-            return _MISSING  # whoever is late is told so by the caller's next look at the time
+        if running.cancelled():
+            return _MISSING
         error = running.exception()
         if isinstance(error, DeadlineExceeded) and deadline > seat.flight.deadline:
             return _MISSING  # those who began it had less time

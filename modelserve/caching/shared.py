@@ -92,15 +92,18 @@ class Shared:
     async def _read(self, keys: list[str]) -> Sequence[bytes | None]:
         began = self._loop.time()
         found = await self._tried(self._reading, lambda: self._cache.get_many(keys))
+        if len(found) != len(keys):
+            self._reading.failed(self._loop.time())
+            raise BackendUnavailable("the cache", f"{len(found)} values for {len(keys)} keys")
         if self._loop.time() - began > self._cache.budget_s:
             self._reading.late(self._loop.time())
         else:
-            self._reading.succeeded()
+            self._succeeded(self._reading)
         return found
 
     async def _write(self, items: list[CacheItem]) -> Sequence[None]:
         await self._tried(self._writing, lambda: self._cache.put_many(items))
-        self._writing.succeeded()
+        self._succeeded(self._writing)
         return [None] * len(items)
 
     async def _tried(self, breaker: Breaker, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -113,6 +116,11 @@ class Shared:
             if breaker.open and not was_open:
                 _log.warning("the cache of predictions fails, it is left alone for a while: %s", in_words(error))
             raise BackendUnavailable("the cache", "a command failed") from error
+
+    def _succeeded(self, breaker: Breaker) -> None:
+        if breaker.open:
+            _log.warning("the cache of predictions is used again")
+        breaker.succeeded()
 
     def _written(self, writing: asyncio.Future[Sequence[Exception | None]]) -> None:
         if writing.cancelled() or writing.exception() is not None:

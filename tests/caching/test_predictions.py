@@ -124,6 +124,23 @@ def test_each_caller_has_its_own_deadline() -> None:
     run(work)
 
 
+def test_a_cache_of_the_hosts_that_raises_leaves_nobody_waiting() -> None:
+    """When keeping an answer fails for whatever reason, those who wait for it have it all the same."""
+
+    class Full(MemoryCache):
+        def put(self, key: str, value: bytes, ttl_s: float) -> None:
+            raise OSError(f"no room for {key}, {len(value)} bytes, {ttl_s} s")
+
+    async def work() -> None:
+        complaints: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["exception"]))
+        cache, target = PredictionCache.over(Full()), Target()
+        assert await asyncio.gather(*(ask(cache, target, 7) for _ in range(3))) == [([[7]], [False])] * 3
+        assert [type(each) for each in complaints] == [OSError]
+
+    run(work)
+
+
 def test_a_caller_with_more_time_outlives_an_execution_with_less() -> None:
     """One that joins with ten seconds an execution that may take one is not told after one: it is run again."""
 
