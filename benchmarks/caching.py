@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -129,16 +129,23 @@ def _shared(folder: Path, url: str, seconds: float, rounds: int) -> list[dict[st
         runner.run(_warm(server, inputs))
         client = redis.asyncio.Redis.from_url(url.partition("?")[0], protocol=2)
         keys = runner.run(_kept(client, len(inputs)))
-        sides: dict[str, Callable[[], float]] = {
-            "mget": lambda: runner.run(_bare_rate(client, keys, seconds)),
-            "served": lambda: runner.run(_served_rate(server, inputs, seconds)),
+        sides: dict[str, Callable[[], tuple[float, float]]] = {
+            "mget": lambda: _with_cpu(runner, _bare_rate(client, keys, seconds), seconds),
+            "served": lambda: _with_cpu(runner, _served_rate(server, inputs, seconds), seconds),
         }
         found = alternate(sides, rounds)
         runner.run(client.aclose())
-    rate = ratio(found["served"], found["mget"])
-    return [
-        {"callers": CALLERS, "mget": median(found["mget"]), "served": median(found["served"]), "served / mget": rate}
-    ]
+    rates = {side: [rate for rate, _ in figures] for side, figures in found.items()}
+    cpu_us = {f"{side}_cpu_us": median(spent for _, spent in figures) for side, figures in found.items()}
+    share = {"served / mget": ratio(rates["served"], rates["mget"])}
+    return [{"callers": CALLERS} | {side: median(figures) for side, figures in rates.items()} | share | cpu_us]
+
+
+def _with_cpu(runner: asyncio.Runner, work: Coroutine[Any, Any, float], seconds: float) -> tuple[float, float]:
+    """Return a rate, and the processor time of this process for each answer, in microseconds."""
+    began = time.process_time()
+    rate = runner.run(work)
+    return rate, (time.process_time() - began) / (rate * seconds) * 1e6
 
 
 async def _kept(client: Any, count: int) -> list[bytes]:

@@ -75,6 +75,13 @@ def test_a_third_party_adds_a_carrier_of_hints_by_entry_point(monkeypatch: pytes
     assert str(plugins.changes("kafka://host/topic")) == "kafka://host/topic"
 
 
+def test_a_third_party_adds_a_cache_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What keeps predictions is found under the scheme of its URL, and gets that URL."""
+    point = importlib.metadata.EntryPoint("memcached", "builtins:str", "modelserve.caches")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [point])
+    assert str(plugins.cache("memcached://host")) == "memcached://host"
+
+
 def test_a_missing_driver_answers_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """An absent optional package names the extra that brings it; other import errors are left as they are."""
     monkeypatch.setitem(__import__("sys").modules, "skops", None)

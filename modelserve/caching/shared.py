@@ -60,11 +60,12 @@ class Shared:
                     self._reading.late(self._loop.time())
             except ModelServeError:
                 pass  # too many wait already, or it is being closed
-        failed = len(keys) - len(found) + sum(isinstance(each, Exception) for each in found)
-        self.unread += failed
-        if not failed:
-            return found  # type: ignore[return-value]  # none of them is an exception
-        return [None if isinstance(each, Exception) else each for each in found] or [None] * len(keys)
+        if not found:
+            self.unread += len(keys)
+            return [None] * len(keys)
+        values = [None if isinstance(each, Exception) else each for each in found]
+        self.unread += values.count(None) - found.count(None)
+        return values
 
     def put(self, items: Sequence[CacheItem]) -> None:
         """Have values kept, soon. Does not wait, and drops them where too many wait already."""
