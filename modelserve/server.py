@@ -282,8 +282,6 @@ class AsyncModelServer:
         predictions, self._predictions = self._predictions, None
         if predictions is not None:
             await predictions.close()
-        if self._own_kept is not None:
-            await self._own_kept.close()
         if live is not None and self._own_hints is not None:
             # The threads for SQL may all be waiting for a database that stands still.
             closing = ThreadPoolExecutor(1, thread_name_prefix="modelserve-close")
@@ -291,6 +289,8 @@ class AsyncModelServer:
             closing.shutdown(wait=False)
         for executor in self._executors:
             executor.shutdown(wait=False)
+        if self._own_kept is not None:
+            await self._own_kept.close()
 
     async def __aenter__(self) -> Self:
         try:

@@ -351,6 +351,42 @@ async def reads_again(server: ms.AsyncModelServer) -> None:
 
 
 @pytest.mark.redis
+async def test_a_server_closes_while_redis_stands_still(
+    own_redis: servers.RedisServer, registry: ms.Registry, tmp_path: Path
+) -> None:
+    """What is on its way to a Redis that does not take it holds up the end by about a second."""
+    async with tcp_proxy(own_redis.port) as proxy:
+        server = serve(registry, tmp_path, f"redis://127.0.0.1:{proxy.port}")
+        await server.start()
+        await server.predict("m", {"x": [1.0]})
+        own_redis.signal(signal.SIGSTOP)
+        await asyncio.gather(*(server.predict("m", {"x": [float(i)]}) for i in range(50)))
+        began = time.monotonic()
+        await server.close()
+        assert time.monotonic() - began < 3.0
+        own_redis.signal(signal.SIGCONT)
+
+
+@pytest.mark.redis
+async def test_whoever_disconnects_leaves_the_others_their_answer(
+    registry: ms.Registry, tmp_path: Path, redis_url: str
+) -> None:
+    """Of twenty callers with one question those who stay are answered, whoever asked first and goes; it is run once."""
+    async with serve(registry, tmp_path, redis_url, max_wait_ms=50) as server:
+        asking = [asyncio.create_task(server.predict("m", {"x": [7.0]})) for _ in range(20)]
+        predictions = server._predictions
+        assert predictions is not None
+        async with asyncio.timeout(20):
+            while not len(predictions._flights):  # noqa: ASYNC110  # what it waits for has no event
+                await asyncio.sleep(0)
+        for gone in asking[:10]:
+            gone.cancel()
+        answers = await asyncio.gather(*asking[10:])
+        assert [tells(answer.prediction, 7.0) for answer in answers] == [1] * 10
+        assert batches(server) == 1
+
+
+@pytest.mark.redis
 async def test_a_server_starts_while_redis_is_down(registry: ms.Registry, tmp_path: Path) -> None:
     """Without Redis a server starts, answers, and keeps what it computed in its memory."""
     async with serve(registry, tmp_path, f"redis://127.0.0.1:{servers.free_port()}") as server:
