@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         VersionExists,
         VersionNotFound,
     )
+    from modelserve.features import Features, FeatureWriter
     from modelserve.http.asgi import asgi
     from modelserve.http.wsgi import wsgi
     from modelserve.importing import import_model
@@ -57,6 +58,7 @@ _HOMES = {
         "VersionExists",
         "VersionNotFound",
     ),
+    "features": ("FeatureWriter", "Features"),
     "http.asgi": ("asgi",),
     "http.wsgi": ("wsgi",),
     "importing": ("import_model",),
@@ -75,6 +77,8 @@ __all__ = [
     "BackendUnavailable",
     "ConfigError",
     "DeadlineExceeded",
+    "FeatureWriter",
+    "Features",
     "Field",
     "InferenceFailed",
     "InvalidInput",

@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from modelserve.errors import ConfigError
+from modelserve.features.declaration import Features, check_apart
 from modelserve.types import Scaling
 
 AUTO_BATCH_SIZE = 256
@@ -49,6 +50,7 @@ class ModelOptions(BaseModel):
     ``start_limit_s``       ``600``        how long a replica may take to load and warm up
     ``hang_limit_s``        ``1``          how long a batch may run on after the last of its callers has given up
     ``cache_ttl_s``         ``0``          how long an answer is given again to the same inputs, in seconds (0: never)
+    ``features``            ``None``       what is read from the feature store: a :class:`Features`, or several
     ``reload``              ``"overlap"``  load a new version in full beside the old one, or ``"replace"`` it bit by bit
     ``keep_previous``       ``True``       keep the version before loaded, so that a rollback is instant
     ``allow_pickle``        ``False``      load artifacts that are pickles, which can run code
@@ -75,6 +77,7 @@ class ModelOptions(BaseModel):
     start_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     hang_limit_s: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     cache_ttl_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    features: Features | tuple[Features, ...] | None = None
     reload: Literal["overlap", "replace"] = "overlap"
     keep_previous: bool = True
     allow_pickle: bool = False
@@ -95,6 +98,17 @@ class ModelOptions(BaseModel):
         if not device:
             raise ValueError("name at least one device")
         return device
+
+    @field_validator("features")
+    @classmethod
+    def _apart(cls, features: Features | tuple[Features, ...] | None) -> Features | tuple[Features, ...] | None:
+        check_apart(features if isinstance(features, tuple) else ())
+        return features
+
+    @property
+    def declared_features(self) -> tuple[Features, ...]:
+        """What is read from the feature store, as a tuple that may be empty."""
+        return self.features if isinstance(self.features, tuple) else (self.features,) if self.features else ()
 
     def device_of(self, place: int) -> str:
         """Return the device of the replica at that place of the pool: they are dealt out in turn."""
@@ -127,6 +141,7 @@ class Settings(BaseSettings):
     cache_bytes: int | None = Field(default=None, ge=1)
     cache: str | None = Field(default=None, repr=False)
     changes: str | None = Field(default=None, repr=False)
+    features: str | None = Field(default=None, repr=False)
     download_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     poll_s: float = Field(default=1.0, gt=0)
     trusted_keys: tuple[str, ...] = ()

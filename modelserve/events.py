@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
 _log = logging.getLogger("modelserve")
@@ -25,6 +25,18 @@ class Served(NamedTuple):
     latency_ms: float
     error: Exception | None
     cached: int = 0
+
+
+class FeaturesRead(NamedTuple):
+    """One call read features: how many had which status, and how long it waited for the store.
+
+    A status is present, given (by the request), null, missing, stale, timeout or error.
+    """
+
+    model_name: str
+    store: str
+    statuses: Mapping[str, int]
+    waited_ms: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,7 +107,15 @@ class PoolScaled:
 
 
 Event: TypeAlias = (
-    Served | VersionLoaded | LoadRejected | VersionUnloaded | WorkerLost | CircuitOpened | CircuitClosed | PoolScaled
+    Served
+    | FeaturesRead
+    | VersionLoaded
+    | LoadRejected
+    | VersionUnloaded
+    | WorkerLost
+    | CircuitOpened
+    | CircuitClosed
+    | PoolScaled
 )
 Observer: TypeAlias = Callable[[Event], None]
 

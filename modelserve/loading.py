@@ -25,6 +25,7 @@ from modelserve.execution.pool import Pool, PoolOptions
 from modelserve.execution.process import ProcessReplica, WorkerSpec
 from modelserve.execution.seat import Infer
 from modelserve.execution.thread import ThreadReplica
+from modelserve.features.plan import FeaturePlan, plan_of
 from modelserve.memory import Memory, needed
 from modelserve.ports import Model, Replica, TrustedKey
 from modelserve.signature import Signature
@@ -58,6 +59,7 @@ class LoadedVersion:
         "cache_ttl_s",
         "meta",
         "options",
+        "plan",
         "pool",
         "signature",
         "timeout_s",
@@ -72,10 +74,12 @@ class LoadedVersion:
         held: contextlib.ExitStack,
         *,
         before: LoadedVersion | None = None,
+        plan: FeaturePlan | None = None,
     ) -> None:
         self.meta = meta
         self.options = options
         self.signature = signature
+        self.plan = plan
         self.pool = pool
         self.timeout_s = options.timeout_ms / 1000
         self.cache_ttl_s = options.cache_ttl_s
@@ -184,6 +188,7 @@ class Loader:
         """
         self._verify(meta, options)
         signature = Signature.from_json(meta.signature)
+        plan = plan_of(meta.model_name, signature, options.declared_features)
         before = beside if options.reload == "replace" else None
         if beside is not None and before is None:
             await self._require_memory(meta, options, beside)
@@ -200,7 +205,7 @@ class Loader:
             except BaseException:
                 await asyncio.shield(_discard(pool, leases.pop_all()))
                 raise
-            return LoadedVersion(meta, options, signature, pool, leases.pop_all(), before=before)
+            return LoadedVersion(meta, options, signature, pool, leases.pop_all(), before=before, plan=plan)
 
     async def _require_memory(self, meta: ModelVersion, options: ModelOptions, beside: LoadedVersion) -> None:
         """Refuse a version that would have the process, or its neighbours, killed for memory."""

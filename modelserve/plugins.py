@@ -1,8 +1,8 @@
 """Names and URL schemes to adapters, imported only when asked for.
 
 A name is looked up in the built-in table first, then among the entry points of installed packages
-(groups ``modelserve.frameworks``, ``modelserve.sources``, ``modelserve.changes`` and ``modelserve.caches``), so a third
-party adds an adapter without a change here.
+(groups ``modelserve.frameworks``, ``modelserve.sources``, ``modelserve.changes``, ``modelserve.caches`` and
+``modelserve.features``), so a third party adds an adapter without a change here.
 A driver that is missing answers with the line that installs it.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from modelserve.errors import ConfigError, InvalidInput, MissingDependency
-from modelserve.ports import Cache, ChangeHints, Converter, Framework, Keys, ModelSource, ObjectReader
+from modelserve.ports import Cache, ChangeHints, Converter, FeatureStore, Framework, Keys, ModelSource, ObjectReader
 
 FRAMEWORKS: Final = {
     "onnx": "modelserve.adapters.frameworks.onnx:OnnxFramework",
@@ -41,6 +41,13 @@ CACHES: Final = {
     "redis": "modelserve.adapters.cache.redis:RedisCache",
     "rediss": "modelserve.adapters.cache.redis:RedisCache",
     "unix": "modelserve.adapters.cache.redis:RedisCache",
+}
+FEATURES: Final = {
+    "dynamodb": "modelserve.adapters.features.dynamodb:DynamoDbFeatures",
+    "memory": "modelserve.adapters.features.memory:MemoryFeatures",
+    "redis": "modelserve.adapters.features.redis:RedisFeatures",
+    "rediss": "modelserve.adapters.features.redis:RedisFeatures",
+    "unix": "modelserve.adapters.features.redis:RedisFeatures",
 }
 _OBJECT_READERS: Final = {
     "s3": "modelserve.adapters.stores.s3:S3Reader",
@@ -73,6 +80,7 @@ _FRAMEWORK_OF_SUFFIX: Final = {
 }
 _SAVED_MODEL: Final = "saved_model.pb"  # what makes a folder a SavedModel
 _EXTRAS: Final = {
+    "boto3": "aws",
     "botocore": "aws",
     "cloudpickle": "mlflow",
     "cryptography": "signing",
@@ -165,27 +173,27 @@ def changes(url: str) -> ChangeHints:
     Raises ``ConfigError`` for an unknown scheme or a URL that cannot be read, and ``MissingDependency`` when the
     driver is not installed.
     """
-    scheme = url.partition("://")[0]
-    target = CHANGES.get(scheme) or _entry_point("modelserve.changes", scheme)
-    if target is None:
-        known = ", ".join(f"{name}://" for name in sorted(CHANGES))
-        named = f"under {scheme}://" if "://" in url else "for what is no URL"  # it may be a password
-        raise ConfigError(f"changes: nothing tells of changes {named}; known: {known}")
-    return cast("ChangeHints", resolve(target)(url))
+    return cast("ChangeHints", _by_scheme(url, "changes", CHANGES, "modelserve.changes"))
 
 
 def cache(url: str) -> Cache:
-    """Return what keeps predictions, by the scheme of its URL. It connects to nothing yet.
+    """Return what keeps predictions, by the scheme of its URL. It connects to nothing yet. Raises as :func:`changes`."""
+    return cast("Cache", _by_scheme(url, "cache", CACHES, "modelserve.caches"))
 
-    Raises ``ConfigError`` for an unknown scheme or a URL that cannot be read, and ``MissingDependency`` when the
-    driver is not installed.
-    """
+
+def features(url: str) -> FeatureStore:
+    """Return a feature store, by the scheme of its URL. It connects to nothing yet. Raises as :func:`changes`."""
+    return cast("FeatureStore", _by_scheme(url, "features", FEATURES, "modelserve.features"))
+
+
+def _by_scheme(url: str, option: str, table: Mapping[str, str], group: str) -> Any:
     scheme = url.partition("://")[0]
-    target = CACHES.get(scheme) or _entry_point("modelserve.caches", scheme)
+    target = table.get(scheme) or _entry_point(group, scheme)
     if target is None:
-        known = ", ".join(f"{name}://" for name in sorted(CACHES))
-        raise ConfigError(f"cache: nothing keeps predictions under {scheme}://; known: {known}")
-    return cast("Cache", resolve(target)(url))
+        known = ", ".join(f"{name}://" for name in sorted(table))
+        named = f"there is nothing under {scheme}://" if "://" in url else "that is no URL"  # it may be a password
+        raise ConfigError(f"{option}: {named}; known: {known}")
+    return resolve(target)(url)
 
 
 def framework_of(model: object) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+from modelserve.errors import BackendUnavailable
 from modelserve.types import SAFE, Columns, FrameworkName, Json, Row, Runtime
 
 
@@ -313,6 +315,69 @@ class ObjectReader(Protocol):
 
     def close(self) -> None:
         """Close the connections. Safe to call twice."""
+        ...
+
+
+class FeatureKey(NamedTuple):
+    """One row of a feature store (a group and an entity's key in it), and the features of it that are wanted."""
+
+    group: str
+    key: str
+    names: tuple[str, ...]
+
+
+class NoValue(enum.Enum):
+    """Stands for a value that a store does not have, or has in a form that nobody can read."""
+
+    MISSING = "missing"
+    UNREADABLE = "error"
+
+
+class FeatureRow(NamedTuple):
+    """What a store has in one row: a value (or :class:`NoValue`) per feature wanted, in that order.
+
+    ``written_at`` is the Unix time in seconds at which the values were true; None where the store does not know.
+    """
+
+    values: tuple[Json | NoValue, ...]
+    written_at: float | None
+
+
+class FeatureRecord(NamedTuple):
+    """One row to be written: its values as JSON text, and the Unix time in seconds at which they were true."""
+
+    group: str
+    key: str
+    values: Mapping[str, bytes]
+    written_at: float
+
+
+@runtime_checkable
+class FeatureStore(Protocol):
+    """Keeps features by group and key. Serving reads it; training jobs write it.
+
+    A row that was never written is no error: all its values are missing, and so is its time.
+    """
+
+    async def read(self, wanted: Sequence[FeatureKey], within_s: float) -> Sequence[FeatureRow | BackendUnavailable]:
+        """Read many rows at once; give what became of each, in order.
+
+        Whoever asks has gone after ``within_s`` seconds: nothing is tried again after that. It is called several
+        times at once, from one event loop, which it does not block. Raises ``BackendUnavailable`` when none could be
+        read, within a second or two at most: a read that nobody waits for any more is not cancelled, but has to end.
+        """
+        ...
+
+    def write(self, records: Sequence[FeatureRecord]) -> None:
+        """Write rows, each in place of the one before it. It blocks. Raises ``BackendUnavailable``."""
+        ...
+
+    def ping(self) -> None:
+        """Ask whether it answers. It blocks. Raises ``BackendUnavailable``."""
+        ...
+
+    async def close(self) -> None:
+        """Close the connections. Safe to call twice; later use opens new ones."""
         ...
 
 

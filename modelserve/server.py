@@ -24,23 +24,25 @@ from modelserve.artifacts import DOWNLOAD_LIMIT_S, DiskCache, default_cache_fold
 from modelserve.asking import Askers, answered
 from modelserve.caching import PredictionCache
 from modelserve.config import ModelOptions, Settings
+from modelserve.enrich import enricher_of
 from modelserve.errors import ConfigError, ForkedServer, InferenceFailed, InvalidInput, NotReady
 from modelserve.events import Observer, Observers, Served
 from modelserve.ids import uuid7_source
 from modelserve.live import Live, ModelStatus
 from modelserve.loading import LoadedVersion, Loader
-from modelserve.ports import Cache, ChangeHints, TrustedKey
+from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
 from modelserve.registry import Registry
 from modelserve.snapshots import Snapshots
-from modelserve.types import Json, ModelVersion, Prediction, Row
+from modelserve.types import Json, ModelVersion, Prediction
 
 T = TypeVar("T")
 _LOADS_AT_ONCE: Final = 4
+_NONE: Final[Sequence[tuple[str, ...]]] = ()
 
 
-Answer: TypeAlias = tuple[Sequence[Json], str, float, str, Sequence[bool]]
-"""What one request got: a value per row, the version that answered, the latency in milliseconds, the request's id, and
-for each row whether it came from the cache (nothing for a model that has none)."""
+Answer: TypeAlias = tuple[Sequence[Json], str, float, str, Sequence[bool], Sequence[tuple[str, ...]]]
+"""What one request got: a value per row, the version that answered, the latency in milliseconds, the request's id, for
+each row whether it came from the cache, and which of its features have their default (both empty: none of any row)."""
 
 
 class AsyncModelServer:
@@ -50,7 +52,8 @@ class AsyncModelServer:
     under ``cache_dir``, at most ``cache_bytes`` of them, and fetching one may take ``download_limit_s`` seconds. The
     registry is polled every ``poll_s`` seconds; ``changes`` tells of changes by other processes sooner: ``"postgres"``
     (the registry's own database) or ``"redis://…"``. Answers of models with a ``cache_ttl_s`` are kept in this process,
-    and also in ``cache``: ``"redis://…"``, or an object that is a :class:`modelserve.ports.Cache`. With
+    and also in ``cache``: ``"redis://…"``, or an object that is a :class:`modelserve.ports.Cache`. ``features`` is the
+    store that the models' features are read from: ``"redis://…"``, ``"dynamodb://table"``, or an object. With
     ``trusted_keys`` (Ed25519 public keys: PEM texts or the paths of files), a version that none of them signed is
     refused.
 
@@ -69,6 +72,7 @@ class AsyncModelServer:
         changes: str | ChangeHints | None = None,
         poll_s: float = 1.0,
         trusted_keys: Sequence[str | Path | TrustedKey] = (),
+        features: str | FeatureStore | None = None,
     ) -> None:
         self.registry = registry
         self._kept = plugins.cache(cache) if isinstance(cache, str) else cache
@@ -86,6 +90,7 @@ class AsyncModelServer:
         _refuse_unmeetable(self._models or {}, self._trusted_keys)
         self._snapshots = Snapshots(self._cache_dir, registry.shown_url)
         self._observers = Observers()
+        self._enricher = enricher_of(features, self._models or {}, self._observers)
         self._live: Live | None = None
         self._executors: tuple[Executor, ...] = ()
         self._opening: asyncio.Task[None] | None = None
@@ -111,12 +116,14 @@ class AsyncModelServer:
         """Answer one row with the production version, or with ``version`` if it is loaded.
 
         Raises ``InvalidInput``, ``ModelNotFound``, ``VersionNotFound``, ``NotReady``, ``Overloaded``,
-        ``DeadlineExceeded`` after ``timeout_ms`` (default: the model's), ``InferenceFailed``.
+        ``DeadlineExceeded`` after ``timeout_ms`` (default: the model's), ``InferenceFailed``, and for a feature that is
+        required and could not be read ``BackendUnavailable``.
         """
-        values, answered_by, latency_ms, request_id, cached = await self.answer(
+        values, answered_by, latency_ms, request_id, cached, degraded = await self.answer(
             model_name, (inputs,), "", request_id, version, timeout_ms
         )
-        return Prediction(values[0], answered_by, latency_ms, request_id, True in cached)
+        by_default = degraded[0] if degraded else ()
+        return Prediction(values[0], answered_by, latency_ms, request_id, True in cached, by_default)
 
     async def predict_many(
         self,
@@ -130,12 +137,13 @@ class AsyncModelServer:
         """Answer several rows by one version, in order; raises like :meth:`predict`, for the first row at fault."""
         if not instances:
             return []
-        values, answered_by, latency_ms, request_id, cached = await self.answer(
+        values, answered_by, latency_ms, request_id, cached, degraded = await self.answer(
             model_name, instances, "instances[{}]", request_id, version, timeout_ms
         )
+        known, by_default = cached or [False] * len(values), degraded or [()] * len(values)
         return [
-            Prediction(value, answered_by, latency_ms, request_id, known)
-            for value, known in zip(values, cached or [False] * len(values), strict=True)
+            Prediction(value, answered_by, latency_ms, request_id, hit, names)
+            for value, hit, names in zip(values, known, by_default, strict=True)
         ]
 
     async def answer(  # noqa: PLR0917  # by position: naming six arguments costs the hot path half a microsecond
@@ -156,9 +164,13 @@ class AsyncModelServer:
         request_id = request_id or self.new_request_id()
         with live[model_name].choose(version) as target:
             try:
-                rows = _validated(target, instances, where)
                 deadline = self._now() + (target.timeout_s if timeout_ms is None else timeout_ms / 1000)
-                if target.cache_ttl_s and self._predictions is not None:
+                if (plan := target.plan) is None or self._enricher is None:
+                    rows, degraded = _validated(target, target.signature.validate, instances, where), _NONE
+                else:
+                    pending = _validated(target, plan.validate, instances, where)
+                    rows, degraded = await self._enricher.enrich(plan, pending, where, deadline)
+                if target.cache_ttl_s and self._predictions is not None and not any(degraded):
                     results, cached = await self._predictions.answer(target, rows, deadline)
                 else:
                     results, cached = await target.pool.submit(rows, deadline), ()
@@ -167,7 +179,7 @@ class AsyncModelServer:
                 self._served(target, request_id, len(instances), arrived, error)
                 raise
             latency_ms = self._served(target, request_id, len(instances), arrived, None, cached)
-        return values, target.meta.version, latency_ms, request_id, cached
+        return values, target.meta.version, latency_ms, request_id, cached, degraded
 
     def _served(  # noqa: PLR0917  # by position, as above
         self,
@@ -248,6 +260,8 @@ class AsyncModelServer:
             self._predictions = PredictionCache.over(self._kept)
             if any(options.cache_ttl_s for options in (self._models or {}).values()):
                 await self._predictions.open()
+            if self._enricher is not None:
+                await self._enricher.start()
             loader = await self._loop.run_in_executor(self._loads, self._open_loader)
             self._live = Live(
                 self.registry,
@@ -282,6 +296,8 @@ class AsyncModelServer:
         predictions, self._predictions = self._predictions, None
         if predictions is not None:
             await predictions.close()
+        if self._enricher is not None:
+            await self._enricher.close()
         if live is not None and self._own_hints is not None:
             # The threads for SQL may all be waiting for a database that stands still.
             closing = ThreadPoolExecutor(1, thread_name_prefix="modelserve-close")
@@ -345,6 +361,7 @@ class ModelServer:
         changes: str | ChangeHints | None = None,
         poll_s: float = 1.0,
         trusted_keys: Sequence[str | Path | TrustedKey] = (),
+        features: str | FeatureStore | None = None,
     ) -> None:
         self.core = AsyncModelServer(
             registry,
@@ -356,6 +373,7 @@ class ModelServer:
             changes=changes,
             poll_s=poll_s,
             trusted_keys=trusted_keys,
+            features=features,
         )
         self._gate = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -495,6 +513,7 @@ def _from_settings(settings: Settings) -> dict[str, Any]:
         "changes": settings.changes,
         "poll_s": settings.poll_s,
         "trusted_keys": settings.trusted_keys,
+        "features": settings.features,
     }
 
 
@@ -504,14 +523,14 @@ def _refuse_unmeetable(models: Mapping[str, ModelOptions], trusted_keys: Sequenc
             raise ConfigError(f"models.{name}.require_signature: no signature could be verified; give trusted_keys=")
 
 
-def _validated(target: LoadedVersion, instances: Sequence[Any], where: str) -> list[Row]:
+def _validated(target: LoadedVersion, validate: Callable[[Any], T], instances: Sequence[Any], where: str) -> list[T]:
     if len(instances) > target.options.queue_limit:
         limit = target.options.queue_limit
         raise InvalidInput("instances", f"{len(instances)} rows; one request takes at most {limit}")
-    rows: list[Row] = []
+    rows: list[T] = []
     try:
         for instance in instances:
-            rows.append(target.signature.validate(instance))  # noqa: PERF401  # the count says which row was wrong
+            rows.append(validate(instance))  # noqa: PERF401  # the count says which row was wrong
     except InvalidInput as error:
         raise error.within(where.format(len(rows))) from None
     return rows

@@ -185,7 +185,8 @@ class Prediction(NamedTuple):
     """The answer to one row.
 
     ``prediction`` is plain Python (numbers, strings, lists; a mapping when the model has several named
-    outputs). ``latency_ms`` is the time from arrival to answer in milliseconds.
+    outputs). ``latency_ms`` is the time from arrival to answer in milliseconds. ``degraded`` names the features
+    that the feature store did not give, and that have their default instead.
     """
 
     prediction: Json
@@ -193,6 +194,7 @@ class Prediction(NamedTuple):
     latency_ms: float
     request_id: str
     cached: bool = False
+    degraded: tuple[str, ...] = ()
 
 
 def row_count(columns: Columns) -> int:

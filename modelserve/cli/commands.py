@@ -11,6 +11,7 @@ import typer
 
 import modelserve
 from modelserve.cli.caching import cache
+from modelserve.cli.features import features
 from modelserve.cli.predictions import predictions
 from modelserve.cli.printing import AsJson, encode, moment, pairs, printable, show, told
 from modelserve.cli.reading import metrics_of, read_table, rows_of, tags_of
@@ -27,6 +28,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 database = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the registry's database.")
 app.add_typer(database, name="db")
 app.add_typer(cache, name="cache")
+app.add_typer(features, name="features")
 app.add_typer(predictions, name="predictions")
 imports = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Take models over from other registries.")
 app.add_typer(imports, name="import")
@@ -347,6 +349,7 @@ def predict(
             cache_bytes=settings.cache_bytes,
             download_limit_s=settings.download_limit_s,
             trusted_keys=settings.trusted_keys,
+            features=settings.features,
         ) as server:
             typer.echo(encode(_answer(server, name, rows)))
 
@@ -365,11 +368,14 @@ class _OneVersion(Registry):
 
 def _answer(server: ModelServer, name: str, rows: Json) -> dict[str, Json]:
     """Return the document that the HTTP face would answer."""
-    if not isinstance(rows, list):
-        return server.predict(name, rows)._asdict()
-    if not rows:
+    if isinstance(rows, list) and not rows:
         raise InvalidInput("", "there is no row to answer")
-    answers = server.predict_many(name, rows)
+    several = isinstance(rows, list)
+    answers = server.predict_many(name, rows) if several else [server.predict(name, rows)]
     shared = answers[0]._asdict()
-    del shared["prediction"]
-    return {"predictions": [answer.prediction for answer in answers]} | shared
+    value, degraded = shared.pop("prediction"), shared.pop("degraded")
+    if any(answer.degraded for answer in answers):
+        shared["degraded"] = [answer.degraded for answer in answers] if several else degraded
+    if several:
+        return {"predictions": [answer.prediction for answer in answers]} | shared
+    return {"prediction": value} | shared

@@ -32,7 +32,7 @@ It may return a future that is done already. It fails with :class:`NotRun` for a
 with ``WorkerDied`` for the one that it died of; it is given none after either.
 """
 
-_SWEEP_GRID_S: Final = 0.005  # deadlines are enforced this late at most; a finer grid would sweep the queue too often
+_SWEEP_GRID_S: Final = 0.005
 _CLOSE_S: Final = (
     1.0  # whoever waits for a batch has left before a batcher is closed; this is for what nobody waits for
 )
@@ -75,6 +75,7 @@ class Batcher(Generic[In, Out]):
     ``max_wait_s`` holds a partial batch back for that long, counted from its oldest call, and never longer than half
     of any waiting call's time limit. A batch that fails with ``InferenceFailed`` is run again in halves until the item
     at fault stands alone; one whose worker died, item by item, where ``fingerprint`` tells the same item again.
+    A deadline is enforced ``grid_s`` late at most: a finer grid sweeps the queue more often.
     Times are ``loop.time()``, except that the duration of batches is read from ``clock``.
     """
 
@@ -86,12 +87,14 @@ class Batcher(Generic[In, Out]):
         max_wait_s: float = 0.0,
         slo_s: float = math.inf,
         adaptive: bool = False,
+        grid_s: float = _SWEEP_GRID_S,
         fingerprint: Callable[[In], Hashable] = hash,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._clock = clock
         self._queue_limit = queue_limit
+        self._grid_s = grid_s
         self._max_wait_s = max_wait_s
         self._queue: deque[Call[In, Out]] = deque()
         self._again: deque[list[Part[In, Out]]] = deque()  # batches of their own: what failed, and who runs alone
@@ -194,7 +197,7 @@ class Batcher(Generic[In, Out]):
         else:
             self._queue.append(call)
             self.waiting += len(call.items)
-        if self._sweep is None or call.deadline < self._sweep_due - _SWEEP_GRID_S:
+        if self._sweep is None or call.deadline < self._sweep_due - self._grid_s:
             self._sweep_at(call.deadline)
         self._wake()
 
@@ -411,7 +414,7 @@ class Batcher(Generic[In, Out]):
         if self._sweep is not None:
             self._sweep.cancel()
         self._sweep_due = deadline
-        self._sweep = self._loop.call_at(deadline + _SWEEP_GRID_S / 2, self._expire)
+        self._sweep = self._loop.call_at(deadline + self._grid_s / 2, self._expire)
 
     def _expire(self) -> None:
         self._sweep = None
@@ -423,7 +426,7 @@ class Batcher(Generic[In, Out]):
             elif not call.future.done():
                 nearest = call.deadline if nearest is None else min(nearest, call.deadline)
         if nearest is not None:
-            self._sweep_at(max(nearest, now + _SWEEP_GRID_S / 2))
+            self._sweep_at(max(nearest, now + self._grid_s / 2))
 
     def _open_calls(self, *, waiting_only: bool = False) -> Iterator[Call[In, Out]]:
         yield from self._queue

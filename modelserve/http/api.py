@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import orjson
@@ -59,13 +59,13 @@ class Api:
             raise _misshapen(body)
         if "inputs" in body:
             answer = await self._server.answer(model_name, (body["inputs"],), "inputs", request_id)
-            return _prediction("prediction", answer[0][0], answer)
+            return _prediction("prediction", answer[0][0], answer, answer[4][0] if answer[4] else ())
         if "instances" in body:
             rows = body["instances"]
             if not isinstance(rows, list) or not rows:
                 raise InvalidInput("instances", "expected a list of at least one row")
             answer = await self._server.answer(model_name, rows, "instances[{}]", request_id)
-            return _prediction("predictions", answer[0], answer)
+            return _prediction("predictions", answer[0], answer, answer[4])
         raise _misshapen(body)
 
     # -- models --------------------------------------------------------------------------------------------
@@ -173,12 +173,13 @@ def _misshapen(body: dict[str, Json]) -> InvalidInput:
     return InvalidInput("inputs", "missing; give 'inputs' (one row) or 'instances' (several)")
 
 
-def _prediction(key: str, value: Json, answer: Answer) -> Response:
-    _, version, latency_ms, request_id, cached = answer
-    known = len(cached) > 0 and all(cached)
-    return _answer(
-        {key: value, "model_version": version, "latency_ms": latency_ms, "request_id": request_id, "cached": known}
-    )
+def _prediction(key: str, value: Json, answer: Answer, degraded: Sequence[Any]) -> Response:
+    _, version, latency_ms, request_id, cached, _ = answer
+    document = {key: value, "model_version": version, "latency_ms": latency_ms, "request_id": request_id}
+    document["cached"] = len(cached) > 0 and all(cached)
+    if degraded:
+        document["degraded"] = degraded
+    return _answer(document)
 
 
 def _answer(document: dict[str, Any], status: int = 200) -> Response:

@@ -7,6 +7,8 @@ from typing import Any, Final
 import numpy as np
 
 from modelserve.errors import NotReady
+from modelserve.features.layout import MAX_KEY_BYTES
+from modelserve.features.plan import FeaturePlan
 from modelserve.server import AsyncModelServer
 from modelserve.signature import Field, Signature
 from modelserve.types import Json
@@ -38,7 +40,9 @@ def openapi_document(server: AsyncModelServer, root: str) -> Json:
         except NotReady:
             continue
         name = status.model_name
-        schemas[_component(name)] = inputs_schema(loaded.signature)
+        schemas[_component(name)] = (
+            inputs_schema(loaded.signature) if loaded.plan is None else request_schema(loaded.plan)
+        )
         paths[f"/predict/{name}"] = {"post": _predict(name, loaded.options.queue_limit)}
         paths[f"/models/{name}"] = {"get": _get(f"Describe {name}", f"model-{name}", "404")}
     return {
@@ -56,6 +60,19 @@ def inputs_schema(signature: Signature) -> Json:
         "type": "object",
         "properties": {field.name: _field_schema(field) for field in signature.inputs},
         "required": [field.name for field in signature.inputs],
+        "additionalProperties": False,
+    }
+
+
+def request_schema(plan: FeaturePlan) -> Json:
+    """Return the JSON Schema of one row whose features are read by the keys of their entities."""
+    fields = {field.name: _field_schema(field) for field in plan.own}
+    keys = {entity: fields.get(entity, _KEY) for entity in plan.entities}
+    optional = {field.name: _field_schema(field) for field in plan.overridable}
+    return {
+        "type": "object",
+        "properties": keys | fields | optional,
+        "required": list(dict.fromkeys((*plan.needed_keys, *fields))),
         "additionalProperties": False,
     }
 
@@ -103,8 +120,10 @@ def _component(model_name: str) -> str:
 
 
 def _answer(key: str) -> Json:
-    value: Json = {"type": "array"} if key == "predictions" else {}
-    return _object(
+    several = key == "predictions"
+    value: Json = {"type": "array"} if several else {}
+    names: Json = {"type": "array", "items": {"type": "string"}}
+    answer = _object(
         {
             key: value,
             "model_version": {"type": "string"},
@@ -113,6 +132,8 @@ def _answer(key: str) -> Json:
             "cached": {"type": "boolean"},
         }
     )
+    answer["properties"]["degraded"] = {"type": "array", "items": names} if several else names
+    return answer
 
 
 def _object(properties: dict[str, Json]) -> Json:
@@ -142,6 +163,14 @@ def _problem_responses(*codes: str) -> dict[str, Json]:
     return {code: {"description": _PROBLEMS[code], "content": content} for code in codes}
 
 
+_KEY: Final = {
+    "type": ["string", "integer"],
+    "minLength": 1,
+    "maxLength": MAX_KEY_BYTES,
+    "minimum": -(2**63),
+    "maximum": 2**64 - 1,
+    "description": "The key of an entity in the feature store",
+}
 _READY: Final = {
     "200": _json_response("Every model is ready", {"type": "object"}),
     "503": _json_response("Some model is not ready", {"type": "object"}),

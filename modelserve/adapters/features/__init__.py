@@ -1,0 +1,1 @@
+"""One feature store per file, each satisfying :class:`modelserve.ports.FeatureStore`."""

@@ -1,0 +1,134 @@
+"""Features in Redis: a hash per row, read by one pipeline of HMGETs."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from modelserve import plugins
+from modelserve.errors import BackendUnavailable, ConfigError
+from modelserve.features.layout import TIME, decoded, row_id, time_of
+from modelserve.ports import FeatureKey, FeatureRecord, FeatureRow
+
+_BACKEND: Final = "Redis"
+_ROOT: Final = "modelserve:features:"
+_LIMIT_S: Final = 1.0  # a read that has not ended by then loses its connection
+_WRITE_LIMIT_S: Final = 10.0
+_CONNECTIONS: Final = 8
+
+
+class RedisFeatures:
+    """Keeps the row ``user_id:42`` in the hash ``modelserve:features:user_id:42`` of ``redis://``, ``rediss://``, ``unix://``.
+
+    The options of the URL are redis-py's, and ``prefix``, which is put before the name of each hash. Reading is of one
+    event loop and holds at most eight connections; writing has its own. Raises ``ConfigError`` for a URL that cannot
+    be read and ``MissingDependency`` without redis-py. Nothing is opened before first use.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._redis = plugins.require("redis")
+        self._aio = plugins.require("redis.asyncio")
+        self._url, prefix = _without_prefix(url)
+        self._root = f"{prefix}{_ROOT}"
+        self._reader: Any = None
+        self._writer = self._client_of(self._redis, _WRITE_LIMIT_S)
+        self._client_of(self._aio, _LIMIT_S)  # takes every option, or refuses it now
+
+    async def read(self, wanted: Sequence[FeatureKey], within_s: float) -> Sequence[FeatureRow | BackendUnavailable]:  # noqa: ARG002  # nothing is tried again
+        """Read many rows in one round trip. A key that holds something else than a hash fails alone."""
+        if self._reader is None:
+            self._reader = self._client_of(self._aio, _LIMIT_S)
+        pipeline = self._reader.pipeline(transaction=False)
+        for key in wanted:
+            pipeline.hmget(self._root + row_id(key.group, key.key), (*key.names, TIME))
+        with self._our_errors():
+            answers = await pipeline.execute(raise_on_error=False)
+        return [self._row(answer) for answer in answers]
+
+    def write(self, records: Sequence[FeatureRecord]) -> None:
+        """Write rows, each in place of the one before it, in one transaction."""
+        pipeline = self._writer.pipeline(transaction=True)
+        for record in records:
+            name = self._root + row_id(record.group, record.key)
+            pipeline.delete(name)
+            pipeline.hset(name, mapping={**record.values, TIME: repr(record.written_at)})
+        with self._our_errors():
+            pipeline.execute()
+
+    def ping(self) -> None:
+        """Ask whether it answers. Raises ``BackendUnavailable``."""
+        with self._our_errors():
+            self._writer.ping()
+
+    async def close(self) -> None:
+        """Close the connections. Safe to call twice; later use opens new ones, in the loop that runs then."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            await reader.aclose()
+        self._writer.close()
+
+    def _row(self, answer: Any) -> FeatureRow | BackendUnavailable:
+        if isinstance(answer, Exception):
+            return BackendUnavailable(_BACKEND, self._in_short(answer))
+        *values, written_at = answer
+        return FeatureRow(tuple(map(decoded, values)), time_of(written_at))
+
+    def _client_of(self, driver: Any, limit_s: float) -> Any:
+        backoff = plugins.require("redis.backoff")
+        retries = plugins.require("redis.retry" if driver is self._redis else "redis.asyncio.retry")
+        options: dict[str, Any] = {
+            "socket_timeout": limit_s,
+            "socket_connect_timeout": limit_s,
+            "retry": retries.Retry(backoff.NoBackoff(), 1 if driver is self._redis else 0),
+            "decode_responses": False,
+            "protocol": 2,
+        }
+        if driver is self._aio:
+            options |= {"max_connections": _CONNECTIONS}
+        if self._url.startswith("unix://"):
+            del options["socket_connect_timeout"]
+        else:
+            options |= {"socket_keepalive": True, "socket_keepalive_options": _keepalive()}
+        try:
+            client = driver.Redis.from_url(self._url, **options)
+            client.connection_pool.make_connection()  # connects to nothing, but takes every option or refuses it
+        except (ValueError, TypeError):
+            # The cause is left out: it may quote a part of the password.
+            problem = "it is written redis://user:password@host:6379/0, special characters %-encoded"
+            raise ConfigError(f"features: the URL of the store cannot be read; {problem}") from None
+        return client
+
+    @contextlib.contextmanager
+    def _our_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (self._redis.RedisError, OSError) as error:
+            raise BackendUnavailable(_BACKEND, self._in_short(error)) from error
+
+    def _in_short(self, error: Exception) -> str:
+        """Say what is wrong without what the driver says, which quotes host and user."""
+        if isinstance(error, self._redis.AuthenticationError):
+            return "it refuses the user or the password"
+        if isinstance(error, self._redis.TimeoutError | TimeoutError):
+            return "it does not answer in time"
+        return "no connection" if isinstance(error, self._redis.ConnectionError | OSError) else "it refuses the command"
+
+
+def _without_prefix(url: str) -> tuple[str, str]:
+    """Take our own option out of the URL."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return url, ""  # which the driver cannot read either
+    options = dict(urllib.parse.parse_qsl(parts.query))
+    prefix = options.pop("prefix", "")
+    return parts._replace(query=urllib.parse.urlencode(options)).geturl(), prefix
+
+
+def _keepalive() -> dict[int, int]:
+    """Have the kernel give up an idle connection after 25 s whose other end is gone without a word."""
+    wanted = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+    return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}

@@ -1,0 +1,186 @@
+"""Entity keys into features: one coalesced read for concurrent requests, within a budget, merged into rows."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, TypeAlias
+
+from modelserve import plugins
+from modelserve.config import ModelOptions
+from modelserve.errors import ConfigError, DeadlineExceeded, InvalidInput, Overloaded, in_words
+from modelserve.events import FeaturesRead, Observers
+from modelserve.execution.batcher import Batcher
+from modelserve.features.breaker import PAUSE_S, Breaker
+from modelserve.features.plan import Completed, FeaturePlan, Pending, Unread
+from modelserve.ports import FeatureKey, FeatureRow, FeatureStore
+from modelserve.types import Row
+
+_Found: TypeAlias = FeatureRow | Unread | None
+READS_AT_ONCE: Final = 4
+"""Reads that are under way to the store at most, those that nobody waits for any more included."""
+_ROWS_AT_ONCE: Final = 100  # of one read; DynamoDB takes no more
+_ROWS_WAITING: Final = 20_000
+_GRID_S: Final = 0.001
+_HANG_S: Final = 5.0  # a store that breaks its promise to end by itself; ours give up after a second
+_WARM_UP_S: Final = 2.0
+_NOBODYS_ROW: Final = FeatureKey("modelserve", "nobody", ("nothing",))
+_NOBODY: Final[Sequence[tuple[str, ...]]] = ()
+_log = logging.getLogger("modelserve")
+
+
+class Enricher:
+    """Completes requests with what a feature store has, for one server.
+
+    The reads of concurrent requests go into one, and at most :data:`READS_AT_ONCE` of those are under way. A request
+    whose budget ends leaves its read behind; the read is not cancelled, which would cost its connection, and keeps
+    its place until it ends. A store that does not answer is left alone by a :class:`Breaker`.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        name: str,
+        observers: Observers,
+        *,
+        own: bool,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.name = name
+        self._store = store
+        self._own = own
+        self._observers = observers
+        self._now = now
+        self._breaker = Breaker()
+        self._within_s = 0.0
+        self._batcher: Batcher[FeatureKey, FeatureRow] | None = None
+        self._last: Unread = "error"
+
+    async def start(self) -> None:
+        """Belong to the loop that runs now, and open the connections, so that no request waits for one.
+
+        A store that does not answer keeps no server from starting.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._breaker = Breaker()
+        self._batcher = Batcher(max_rows=_ROWS_AT_ONCE, queue_limit=_ROWS_WAITING, grid_s=_GRID_S)
+        for _ in range(READS_AT_ONCE):
+            self._batcher.add(self._read_batch)
+        try:
+            async with asyncio.timeout(_WARM_UP_S):
+                await asyncio.gather(*(self._store.read([_NOBODYS_ROW], _WARM_UP_S) for _ in range(READS_AT_ONCE)))
+        except Exception as error:  # noqa: BLE001  # a store can be anybody's code; requests will see how it is
+            _log.warning("the feature store %s does not answer yet: %s", self.name, in_words(error))
+
+    async def close(self) -> None:
+        """Wait a moment for what is under way, and close the store if it was given as a URL."""
+        batcher, self._batcher = self._batcher, None
+        if batcher is not None:
+            await batcher.close()
+        if self._own:
+            await self._store.close()
+
+    # -- the way of a request ------------------------------------------------------------------------------
+
+    async def enrich(
+        self, plan: FeaturePlan, requests: Sequence[Pending], where: str, deadline: float
+    ) -> tuple[list[Row], Sequence[tuple[str, ...]]]:
+        """Return the completed rows, and the features of each that have their default (empty: none of any).
+
+        Raises ``InvalidInput`` and ``BackendUnavailable`` for a feature that is required and is not there.
+        """
+        began = self._loop.time()
+        self._within_s = max(self._within_s, plan.budget_s)
+        wanted = [key for request in requests for key in request.wanted if key is not None]
+        found = await self._read(wanted, min(deadline, began + plan.budget_s)) if wanted else []
+        completed = _completed(plan, requests, found, self._now())
+        if self._observers:
+            self._tell(plan, completed, self._loop.time() - began)
+        return _rows(completed, where)
+
+    async def _read(self, wanted: list[FeatureKey], deadline: float) -> Sequence[_Found]:
+        """Return what became of each row that is wanted. Raises nothing: a store that fails is not the end."""
+        batcher = self._batcher
+        if batcher is None or not self._breaker.lets_through(self._loop.time()):
+            return [self._last] * len(wanted)
+        try:
+            found = await batcher.submit(wanted, deadline)
+        except (DeadlineExceeded, Overloaded) as error:
+            return self._failed("timeout", error, len(wanted))
+        except Exception as error:  # noqa: BLE001  # a store can be anybody's code; its policy decides what follows
+            return self._failed("error", error, len(wanted))
+        first_error = next((each for each in found if isinstance(each, Exception)), None)
+        if first_error is not None and all(isinstance(each, Exception) for each in found):
+            return self._failed("error", first_error, len(wanted))
+        if self._breaker.succeeded():
+            _log.info("the feature store %s answers again", self.name)
+        return found if first_error is None else [each if isinstance(each, FeatureRow) else "error" for each in found]
+
+    def _failed(self, status: Unread, error: Exception, rows: int) -> Sequence[_Found]:
+        self._last = status
+        if self._breaker.failed(self._loop.time()):
+            problem = "it does not answer in time" if status == "timeout" else str(error)
+            _log.warning("the feature store %s is asked once in %g s only: %s", self.name, PAUSE_S, problem)
+        return [status] * rows
+
+    async def _read_batch(self, items: list[FeatureKey]) -> Sequence[FeatureRow]:
+        """Read each row once, however many requests of the batch want it."""
+        unique = list(dict.fromkeys(items))
+        async with asyncio.timeout(_HANG_S):
+            found = await self._store.read(unique, self._within_s)
+        if len(found) != len(unique):
+            raise TypeError(f"it answered {len(found)} rows for {len(unique)}")
+        if len(unique) == len(items):
+            return found  # type: ignore[return-value]  # the batcher hands the errors among them on
+        by_key = dict(zip(unique, found, strict=True))
+        return [by_key[item] for item in items]  # type: ignore[misc]  # as above
+
+    def _tell(self, plan: FeaturePlan, completed: Sequence[Completed], waited_s: float) -> None:
+        statuses: Counter[str] = Counter()
+        for each in completed:
+            statuses.update(each.statuses)
+        self._observers.emit(FeaturesRead(plan.model_name, self.name, statuses, int(waited_s * 1_000_000) / 1000))
+
+
+def _completed(
+    plan: FeaturePlan, requests: Sequence[Pending], found: Sequence[_Found], now: float
+) -> Sequence[Completed]:
+    """Give each request the rows that were read for it, which are in the order in which they were wanted."""
+    rows = iter(found)
+    return [
+        plan.complete(request, [None if key is None else next(rows) for key in request.wanted], now)
+        for request in requests
+    ]
+
+
+def _rows(completed: Sequence[Completed], where: str) -> tuple[list[Row], Sequence[tuple[str, ...]]]:
+    for i, each in enumerate(completed):
+        if isinstance(each.refusal, InvalidInput):
+            raise each.refusal.within(where.format(i))
+        if each.refusal is not None:
+            raise each.refusal
+    degraded = [each.degraded for each in completed]
+    return [each.row for each in completed], degraded if any(degraded) else _NOBODY
+
+
+# -- from options to a reader ------------------------------------------------------------------------------
+
+
+def enricher_of(
+    store: str | FeatureStore | None, models: Mapping[str, ModelOptions], observers: Observers
+) -> Enricher | None:
+    """Return what completes requests from a store: a URL, an object, or None.
+
+    Raises ``ConfigError`` for a URL that cannot be read, and for models that need a store where there is none.
+    """
+    if store is None:
+        needy = next((name for name, options in models.items() if options.declared_features), None)
+        if needy is not None:
+            raise ConfigError(f"models.{needy}.features: there is no feature store; give features=")
+        return None
+    if isinstance(store, str):
+        return Enricher(plugins.features(store), store.partition("://")[0], observers, own=True)
+    return Enricher(store, type(store).__name__, observers, own=False)
