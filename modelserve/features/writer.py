@@ -43,7 +43,8 @@ class FeatureWriter:
 
         Raises ``InvalidInput`` naming the feature that cannot be stored, and ``BackendUnavailable``.
         """
-        self.store.write([self._record(group, key, values, written_at)])
+        moment = self._now() if written_at is None else written_at
+        self.store.write([self._record(group, key, values, moment)])
 
     def load(self, table: Any, group: str, *, key: str | None = None, time: str | None = None) -> int:
         """Write a row per row of a DataFrame or a mapping of columns; return how many.
@@ -102,8 +103,7 @@ class FeatureWriter:
             raise InvalidInput("group", problem)
         if not values:
             raise InvalidInput(group, "give at least one feature")
-        seconds = self._now() if written_at is None else _seconds(written_at)
-        return FeatureRecord(group, key_of(group, key), encoded(values), seconds)
+        return FeatureRecord(group, key_of(group, key), encoded(values), _seconds(written_at))
 
 
 def _seconds(moment: Any) -> float:
@@ -115,7 +115,7 @@ def _seconds(moment: Any) -> float:
             moment = dt.datetime.fromisoformat(moment)
         except ValueError:
             raise InvalidInput("time", f"{moment[:40]!r} is neither Unix seconds nor a date in ISO form") from None
-    if isinstance(moment, dt.datetime):
+    if isinstance(moment, dt.datetime) and moment == moment:  # noqa: PLR0124  # pandas' NaT is a datetime without a time
         return (moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)).timestamp()
     number = plain(moment)
     if isinstance(number, bool) or not isinstance(number, int | float) or not np.isfinite(number):
