@@ -117,7 +117,7 @@ class Enricher:
             return self._failed("error", first_error, len(wanted))
         if self._breaker.succeeded():
             _log.info("the feature store %s answers again", self.name)
-        return found if first_error is None else [each if isinstance(each, FeatureRow) else "error" for each in found]
+        return [each if isinstance(each, FeatureRow) else "error" for each in found]
 
     def _failed(self, status: Unread, error: Exception, rows: int) -> Sequence[_Found]:
         self._last = status

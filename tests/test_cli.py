@@ -677,3 +677,35 @@ def test_what_is_no_size_or_time_is_wrong_usage(invoke: Invoke, text: str) -> No
     assert "30d" in wrong.stderr
     if text != "30":
         assert invoke("cache", "prune", "--max-bytes", text).exit_code == 2
+
+
+# -- features ----------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_published_and_looked_into(
+    invoke: Invoke, redis_url: str, settled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``features load``, ``put`` and ``get`` write and show rows of the store that a server reads."""
+    monkeypatch.setenv("MODELSERVE_FEATURES", redis_url)
+    table = pd.DataFrame({"user_id": [1, 2], "spend": [10.5, 20.0], "at": [1000.0, 2000.0]})
+    table.to_csv(settled / "users.csv", index=False)
+    table.to_parquet(settled / "users.parquet")
+    for file in ("users.csv", "users.parquet"):
+        loaded = invoke("features", "load", file, "--group", "user_id", "--time", "at")
+        assert loaded.stdout == "2 rows of user_id are written\n"
+        (row,) = json.loads(invoke("features", "get", "user_id", "2", "spend", "--json").stdout)
+        assert row == {"feature": "spend", "status": "present", "value": 20.0, "written": "1970-01-01 00:33:20Z"}
+    assert invoke("features", "put", "user_id", "3", "spend=1.5", "plan=pro", "--store", redis_url).exit_code == 0
+    shown = invoke("features", "get", "user_id", "3", "plan", "spend", "other").stdout
+    assert [line.split()[:3] for line in shown.splitlines()[1:]] == [
+        ["plan", "present", "pro"],
+        ["spend", "present", "1.5"],
+        ["other", "missing", "-"],
+    ]
+
+
+def test_without_a_feature_store_the_command_says_how_to_name_one(invoke: Invoke) -> None:
+    """Nothing is looked for anywhere else."""
+    refused = invoke("features", "get", "user_id", "3", "plan")
+    assert refused.exit_code == 1
+    assert "give --store, or set MODELSERVE_FEATURES" in refused.stderr

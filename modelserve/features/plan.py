@@ -101,6 +101,11 @@ class FeaturePlan:
         return tuple(each.field for each in self._features if each.declared.overridable)
 
     @property
+    def keys_of_features(self) -> dict[str, str]:
+        """Each feature, and the entity by whose key it is read."""
+        return {name: each.declared.entity for name, each in self._feature_of.items()}
+
+    @property
     def needed_keys(self) -> tuple[str, ...]:
         """The entities without whose key no request can be answered."""
         needed = {each.declared.entity for each in self._features if not each.declared.overridable}

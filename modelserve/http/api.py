@@ -85,6 +85,7 @@ class Api:
                 "inputs": self._inputs(model_name),
                 "versions": await self._versions(model_name),
             }
+            | self._features(model_name)
         )
 
     def _inputs(self, model_name: str) -> Json:
@@ -92,6 +93,14 @@ class Api:
             return self._server.loaded(model_name).signature.to_json()["inputs"]
         except NotReady:
             return None
+
+    def _features(self, model_name: str) -> dict[str, Json]:
+        """Say which inputs a request does not give, and by which key each is read; nothing for most models."""
+        try:
+            plan = self._server.loaded(model_name).plan
+        except NotReady:
+            return {}
+        return {} if plan is None else {"features": plan.keys_of_features}
 
     async def _versions(self, model_name: str) -> Json:
         """List what the registry has; null while it cannot be asked, since serving goes on without it."""
