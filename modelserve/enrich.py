@@ -95,20 +95,22 @@ class Enricher:
         began = self._loop.time()
         self._within_s = max(self._within_s, plan.budget_s)
         wanted = [key for request in requests for key in request.wanted if key is not None]
-        found = await self._read(wanted, min(deadline, began + plan.budget_s)) if wanted else []
+        found = await self._read(wanted, began + plan.budget_s, deadline) if wanted else []
         completed = _completed(plan, requests, found, self._now())
         if self._observers:
             self._tell(plan, completed, self._loop.time() - began)
         return _rows(completed, where)
 
-    async def _read(self, wanted: list[FeatureKey], deadline: float) -> Sequence[_Found]:
+    async def _read(self, wanted: list[FeatureKey], end_of_budget: float, deadline: float) -> Sequence[_Found]:
         """Return what became of each row that is wanted. Raises nothing: a store that fails is not the end."""
         batcher = self._batcher
         if batcher is None or not self._breaker.lets_through(self._loop.time()):
             return [self._last] * len(wanted)
         try:
-            found = await batcher.submit(wanted, deadline)
+            found = await batcher.submit(wanted, min(end_of_budget, deadline))
         except (DeadlineExceeded, Overloaded) as error:
+            if deadline < end_of_budget:  # a caller in a hurry says nothing about the store
+                return ["timeout"] * len(wanted)
             return self._failed("timeout", error, len(wanted))
         except Exception as error:  # noqa: BLE001  # a store can be anybody's code; its policy decides what follows
             return self._failed("error", error, len(wanted))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import signal
+import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -179,6 +180,22 @@ def test_the_deadline_of_a_request_ends_its_wait_too() -> None:
     virtually(scenario())
 
 
+def test_callers_in_a_hurry_do_not_open_the_breaker() -> None:
+    """Requests that have less time than the budget say nothing about the store, however many they are."""
+
+    async def brisk(_: int) -> None:
+        await asyncio.sleep(0.003)
+
+    async def scenario() -> None:
+        async with started(Scripted(brisk)) as enricher:
+            for _ in range(1000):
+                _, degraded = await ask(enricher, plan_for(LENIENT), 1, timeout_s=0.001)
+                assert degraded == [("mine",)]
+            assert await ask(enricher, plan_for(LENIENT), 1) == ([(0.5, 1.0)], ())
+
+    virtually(scenario())
+
+
 def test_a_store_that_never_ends_a_read_gets_its_place_back() -> None:
     """A store that breaks its promise loses the read after five seconds, and requests are served again."""
 
@@ -311,7 +328,7 @@ async def test_an_error_names_the_row_of_the_request() -> None:
 
 
 class Jittery:
-    """A TCP proxy that holds every piece of an answer back for up to 15 ms."""
+    """A TCP proxy that holds every piece of an answer back for up to 80 ms."""
 
     def __init__(self, port: int) -> None:
         self._to = port
@@ -330,7 +347,7 @@ class Jittery:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         there = await asyncio.open_connection("127.0.0.1", self._to)
-        await asyncio.gather(self._pump(reader, there[1], 0.0), self._pump(there[0], writer, 0.015))
+        await asyncio.gather(self._pump(reader, there[1], 0.0), self._pump(there[0], writer, 0.08))
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most_s: float) -> None:
         with contextlib.suppress(OSError):
@@ -352,15 +369,16 @@ async def test_ten_thousand_reads_cancelled_and_late_never_mix(
         store = plugins.features(redis_url.replace(str(redis_server.port), str(proxy.port)))
         await asyncio.to_thread(store.write, [record(str(i), {"mine": float(i)}) for i in range(500)])
         written = proxy.connections
+        plan = plan_for(ms.Features("user_id", ["mine"], defaults={"mine": -1.0}, budget_ms=60))
         rng, counts = random.Random(7), {"own": 0, "late": 0, "cancelled": 0}
         async with started(store) as enricher:
             monkeypatch.setattr(enricher._breaker, "failed", lambda _: False)  # or most would not ask at all
 
             async def one() -> None:
                 user = rng.randrange(500)
-                asking = asyncio.ensure_future(ask(enricher, plan_for(LENIENT), user))
+                asking = asyncio.ensure_future(ask(enricher, plan, user))
                 if rng.random() < 0.4:
-                    asyncio.get_running_loop().call_later(rng.uniform(0, 0.008), asking.cancel)
+                    asyncio.get_running_loop().call_later(rng.uniform(0, 0.06), asking.cancel)
                 try:
                     rows, degraded = await asking
                 except asyncio.CancelledError:
@@ -369,8 +387,8 @@ async def test_ten_thousand_reads_cancelled_and_late_never_mix(
                 counts["late" if degraded else "own"] += 1
                 assert rows == [(0.5, -1.0 if degraded else float(user))]
 
-            for _ in range(100):
-                await asyncio.gather(*(one() for _ in range(100)))
+            for _ in range(40):
+                await asyncio.gather(*(one() for _ in range(250)))
         await store.close()
         assert sum(counts.values()) == 10_000
         assert min(counts.values()) > 100, counts
@@ -398,8 +416,9 @@ def registry(tmp_path: Path) -> ms.Registry:
     return registry
 
 
+BUDGET_S = 0.02
 DECLARED = (
-    ms.Features("user_id", ["spend"], defaults={"spend": 0.0}, budget_ms=5),
+    ms.Features("user_id", ["spend"], defaults={"spend": 0.0}, budget_ms=BUDGET_S * 1000),
     ms.Features("item_id", ["price"], defaults={"price": 0.0}),
 )
 REQUEST = {"x": 1.0, "user_id": 1, "item_id": 2}
@@ -408,6 +427,15 @@ REQUEST = {"x": 1.0, "user_id": 1, "item_id": 2}
 def serving(registry: ms.Registry, folder: Path, features: Any) -> ms.AsyncModelServer:
     models = {"sum": ms.ModelOptions(features=DECLARED)}
     return ms.AsyncModelServer(registry, models, cache_dir=folder / "cache", poll_s=3600, features=features)
+
+
+async def well_again(server: ms.AsyncModelServer) -> None:
+    """Ask until an answer has its features, as it must soon."""
+    async with asyncio.timeout(20):
+        answer = await server.predict("sum", REQUEST)
+        while answer.degraded:
+            answer = await server.predict("sum", REQUEST)
+    assert answer.prediction == 111.0
 
 
 @pytest.mark.redis
@@ -425,17 +453,17 @@ async def test_a_redis_that_is_down_degrades_answers_within_the_budget(
 
     await asyncio.to_thread(publish)
     async with serving(registry, tmp_path, own_redis.url) as server:
-        assert (await server.predict("sum", REQUEST)).prediction == 111.0
+        await well_again(server)
         own_redis.signal(signal.SIGSTOP) if fault == "stalled" else await asyncio.to_thread(own_redis.kill)
         try:
-            waits = []
+            waited_ms = []
+            server.observe(lambda event: waited_ms.append(event.waited_ms) if isinstance(event, FeaturesRead) else None)
             until = time.monotonic() + 1.5
             while time.monotonic() < until:
-                began = time.monotonic()
                 answers = await asyncio.gather(*(server.predict("sum", REQUEST) for _ in range(5)))
-                waits.append(time.monotonic() - began)
                 assert {(each.prediction, each.degraded) for each in answers} <= {(1.0, ("spend", "price"))}
-            assert sorted(waits)[int(len(waits) * 0.9)] < 0.05
+            assert statistics.median(waited_ms) < 1
+            assert sorted(waited_ms)[int(len(waited_ms) * 0.95)] < BUDGET_S * 1000 + 20
             assert server._enricher is not None
             assert server._enricher._breaker.open
         finally:
@@ -444,11 +472,7 @@ async def test_a_redis_that_is_down_degrades_answers_within_the_budget(
             else:
                 await asyncio.to_thread(own_redis.start)
         await asyncio.to_thread(publish)
-        until = time.monotonic() + 20
-        while (answer := await server.predict("sum", REQUEST)).degraded:
-            assert time.monotonic() < until
-            await asyncio.sleep(0.05)
-        assert answer.prediction == 111.0
+        await well_again(server)
         with redis_py.Redis(port=own_redis.port) as client:
             connected = int(client.info("stats")["total_connections_received"])
         assert connected <= 40

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 DEFAULT_BUDGET_MS: Final = 5.0
 RESERVED: Final = ("_id", "_ts")
@@ -35,6 +35,7 @@ class Features:
     budget_ms: float = DEFAULT_BUDGET_MS
     group: str | None = None
     overridable: bool = False
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}  # a misspelt option in a file is an error
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str):

@@ -6,9 +6,10 @@ import asyncio
 import datetime as dt
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from modelserve.ports import FeatureKey, FeatureRecord, FeatureRow, FeatureStore
 from modelserve.signature import columns_of
 from modelserve.signature.examples import plain
 
+T = TypeVar("T")
 _AT_ONCE: Final = 500
 
 
@@ -65,8 +67,11 @@ class FeatureWriter:
         return count
 
     def get(self, group: str, key: str | int, names: Iterable[str]) -> FeatureRow:
-        """Read one row back. Not inside an event loop. Raises ``BackendUnavailable``."""
-        return asyncio.run(self._get(FeatureKey(group, key_of(group, key), tuple(names))))
+        """Read one row back, to look at it. Raises ``BackendUnavailable``.
+
+        A store that was given as an object may read in one event loop only: leave it alone while a server uses it.
+        """
+        return _run(self._get(FeatureKey(group, key_of(group, key), tuple(names))))
 
     async def _get(self, wanted: FeatureKey) -> FeatureRow:
         (found,) = await self.store.read([wanted], 10.0)
@@ -77,9 +82,9 @@ class FeatureWriter:
         return found
 
     def close(self) -> None:
-        """Close the store, if it was given as a URL. Not inside an event loop."""
+        """Close the store, if it was given as a URL."""
         if self._own:
-            asyncio.run(self.store.close())
+            _run(self.store.close())
 
     def __enter__(self) -> Self:
         return self
@@ -104,6 +109,12 @@ class FeatureWriter:
         if not values:
             raise InvalidInput(group, "give at least one feature")
         return FeatureRecord(group, key_of(group, key), encoded(values), _seconds(written_at))
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a loop and a thread of its own: a notebook's thread has a loop already."""
+    with ThreadPoolExecutor(1, thread_name_prefix="modelserve-features") as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 def _seconds(moment: Any) -> float:

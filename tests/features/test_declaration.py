@@ -49,11 +49,12 @@ def test_what_is_wrong_is_said(wrong: dict[str, Any], said: str) -> None:
 
 
 def test_options_take_one_or_several() -> None:
-    """A model reads features of any number of entities."""
+    """A model reads features of any number of entities, in a list or a tuple."""
     one, other = Features("user_id", ["a"]), Features("item_id", ["b"])
     assert ms.ModelOptions().declared_features == ()
     assert ms.ModelOptions(features=one).declared_features == (one,)
     assert ms.ModelOptions(features=(one, other)).declared_features == (one, other)
+    assert ms.ModelOptions.model_validate({"features": [one, other]}).declared_features == (one, other)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +88,12 @@ def test_a_file_declares_them(tmp_path: Path) -> None:
     assert settings.models["ctr"].declared_features[1].budget_ms == 10
 
 
-def test_a_mistake_in_a_file_is_told_with_its_place(tmp_path: Path) -> None:
-    """The error names the model's option and what is wrong."""
+@pytest.mark.parametrize(
+    ("line", "said"), [('names = ["a", "a"]', "named twice"), ('names = ["a"]\nmax_age = 5', "max_age: Unexpected")]
+)
+def test_a_mistake_in_a_file_is_told_with_its_place(tmp_path: Path, line: str, said: str) -> None:
+    """The error names the model's option and what is wrong; an option that there is not is a mistake."""
     path = tmp_path / "modelserve.toml"
-    path.write_text('[models.churn.features]\nentity = "user_id"\nnames = ["a", "a"]\n')
-    with pytest.raises(ConfigError, match=r"models\.churn\.features.*named twice"):
+    path.write_text(f'[models.churn.features]\nentity = "user_id"\n{line}\n')
+    with pytest.raises(ConfigError, match=rf"models\.churn\.features.*{said}"):
         ms.Settings.load(path)

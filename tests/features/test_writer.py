@@ -94,6 +94,13 @@ def test_what_cannot_be_written_is_refused_by_name(writer: ms.FeatureWriter, cal
     assert refused.value.field == field
 
 
+async def test_it_works_where_a_loop_runs_already(redis_url: str) -> None:
+    """In a notebook, whose thread has an event loop, rows are written and read as anywhere."""
+    with ms.FeatureWriter(redis_url) as writer:
+        writer.put("user_id", 1, {"a": 1})
+        assert writer.get("user_id", 1, ["a"]).values == (1,)  # noqa: PD011  # no frame
+
+
 def test_training_and_serving_agree(redis_url: str, tmp_path: Path) -> None:
     """What a job writes to a URL is what a server with the same URL predicts with."""
     from sklearn.linear_model import LinearRegression  # noqa: PLC0415  # a second to import
