@@ -334,6 +334,7 @@ class Jittery:
         self._to = port
         self.connections = 0
         self._rng = random.Random(20)
+        self._serving: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -343,9 +344,13 @@ class Jittery:
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
         await self._server.wait_closed()
+        await asyncio.wait(self._serving)  # the store has closed its ends
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
         there = await asyncio.open_connection("127.0.0.1", self._to)
         await asyncio.gather(self._pump(reader, there[1], 0.0), self._pump(there[0], writer, 0.08))
 
@@ -357,6 +362,8 @@ class Jittery:
                 writer.write(piece)
                 await writer.drain()
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 @pytest.mark.promise("P2")
