@@ -133,7 +133,7 @@ class NotReady(Unavailable):
 
 
 class BackendUnavailable(Unavailable):
-    """A database, object store or cache did not answer. ``backend`` names it; the cause is chained."""
+    """A database, object store, cache or feature store did not answer. ``backend`` names it; the cause is chained."""
 
     def __init__(self, backend: str, problem: str) -> None:
         super().__init__(f"{backend} is unavailable: {problem}")

@@ -82,6 +82,13 @@ def test_a_third_party_adds_a_cache_by_entry_point(monkeypatch: pytest.MonkeyPat
     assert str(plugins.cache("memcached://host")) == "memcached://host"
 
 
+def test_a_third_party_adds_a_feature_store_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package's entry point is found under the scheme of its URL, and gets that URL."""
+    point = importlib.metadata.EntryPoint("cassandra", "builtins:str", "modelserve.features")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [point])
+    assert str(plugins.features("cassandra://host/table")) == "cassandra://host/table"
+
+
 def test_a_missing_driver_answers_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """An absent optional package names the extra that brings it; other import errors are left as they are."""
     monkeypatch.setitem(__import__("sys").modules, "skops", None)

@@ -196,6 +196,22 @@ def test_an_expired_row_is_answered_and_never_run(run: Callable[..., Any]) -> No
     run(scenario())
 
 
+def test_a_finer_grid_enforces_deadlines_sooner(run: Callable[..., Any]) -> None:
+    """Calls of a few milliseconds are answered within the grid that was asked for, whatever waits beside them."""
+
+    async def scenario() -> None:
+        batcher = batcher_of(Recorder(seconds=1.0), grid_s=0.001)
+        batcher.submit([1], FAR)
+        await asyncio.sleep(0)
+        for i in range(20):
+            deadline = asyncio.get_running_loop().time() + 0.005 + i * 0.0003
+            with pytest.raises(DeadlineExceeded):
+                await batcher.submit([2], deadline)
+            assert deadline <= asyncio.get_running_loop().time() <= deadline + 0.0011
+
+    run(scenario())
+
+
 def test_a_running_row_is_answered_at_its_deadline_and_keeps_its_slot(run: Callable[..., Any]) -> None:
     """A batch that outlasts a deadline answers its caller in time, but its runner stays taken until the work ends."""
 
