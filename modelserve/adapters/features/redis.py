@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import socket
 import urllib.parse
 from collections.abc import Iterator, Sequence
@@ -41,12 +43,29 @@ class RedisFeatures:
         """Read many rows in one round trip. A key that holds something else than a hash fails alone."""
         if self._reader is None:
             self._reader = self._client_of(self._aio, _LIMIT_S)
-        pipeline = self._reader.pipeline(transaction=False)
-        for key in wanted:
-            pipeline.hmget(self._root + row_id(key.group, key.key), (*key.names, TIME))
+        commands = b"".join(_hmget(self._root + row_id(key.group, key.key), key.names) for key in wanted)
         with self._our_errors():
-            answers = await pipeline.execute(raise_on_error=False)
+            async with asyncio.timeout(_LIMIT_S):
+                answers = await self._ask(self._reader.connection_pool, commands, len(wanted))
         return [self._row(answer) for answer in answers]
+
+    async def _ask(self, pool: Any, commands: bytes, count: int) -> list[Any]:
+        """Send commands and return as many answers. The client's own pipeline takes four times as long to pack them."""
+        connection = await pool.get_connection()
+        try:
+            await connection.send_packed_command([commands])
+            return [await self._answer(connection) for _ in range(count)]
+        except BaseException:
+            await connection.disconnect(nowait=True)  # what is still to come on it answers nobody else
+            raise
+        finally:
+            await pool.release(connection)
+
+    async def _answer(self, connection: Any) -> Any:
+        try:
+            return await connection.read_response()
+        except self._redis.ResponseError as error:
+            return error
 
     def write(self, records: Sequence[FeatureRecord]) -> None:
         """Write rows, each in place of the one before it, in one transaction."""
@@ -80,7 +99,7 @@ class RedisFeatures:
         backoff = plugins.require("redis.backoff")
         retries = plugins.require("redis.retry" if driver is self._redis else "redis.asyncio.retry")
         options: dict[str, Any] = {
-            "socket_timeout": limit_s,
+            "socket_timeout": limit_s if driver is self._redis else None,  # reads have a limit as a whole
             "socket_connect_timeout": limit_s,
             "retry": retries.Retry(backoff.NoBackoff(), 1 if driver is self._redis else 0),
             "decode_responses": False,
@@ -115,6 +134,19 @@ class RedisFeatures:
         if isinstance(error, self._redis.TimeoutError | TimeoutError):
             return "it does not answer in time"
         return "no connection" if isinstance(error, self._redis.ConnectionError | OSError) else "it refuses the command"
+
+
+def _hmget(name: str, names: tuple[str, ...]) -> bytes:
+    """Return the command that reads a row, and its time at the end, as Redis takes it."""
+    key, (count, packed) = name.encode(), _packed(names)
+    return b"*%d\r\n$5\r\nHMGET\r\n$%d\r\n%s\r\n%s" % (count, len(key), key, packed)
+
+
+@functools.lru_cache(256)
+def _packed(names: tuple[str, ...]) -> tuple[int, bytes]:
+    """Return how many words a command for these features has, and the words after the key: the same for every row."""
+    words = [name.encode() for name in (*names, TIME)]
+    return len(words) + 2, b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
 
 
 def _without_prefix(url: str) -> tuple[str, str]:
