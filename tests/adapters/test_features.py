@@ -135,6 +135,24 @@ async def test_a_stalled_redis_is_given_up_after_a_second(own_redis: servers.Red
 
 
 @pytest.mark.redis
+async def test_a_read_that_was_cut_off_leaves_no_answer_behind(own_redis: servers.RedisServer) -> None:
+    """What comes late for a read that was cancelled on its way is not taken for the next one's answer."""
+    store = RedisFeatures(own_redis.url)
+    await asyncio.to_thread(store.write, [record(str(i), {"a": i, "b": i}) for i in range(1, 9)])
+    await read(store, ROW)
+    for i in range(2, 9):
+        own_redis.signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await store.read([ROW, ROW], 0.005)
+        finally:
+            own_redis.signal(signal.SIGCONT)
+        assert [row.values for row in await read(store, FeatureKey("user_id", str(i), ("b", "a")))] == [(i, i)]
+    await store.close()
+
+
+@pytest.mark.redis
 async def test_a_redis_that_was_restarted_is_read_again(own_redis: servers.RedisServer) -> None:
     """While it is gone reads fail without host or user in the error; when it is back they work."""
     store = RedisFeatures(own_redis.url)
