@@ -177,12 +177,12 @@ def changes(url: str) -> ChangeHints:
 
 
 def cache(url: str) -> Cache:
-    """Return what keeps predictions, by the scheme of its URL. It connects to nothing yet. Raises as :func:`changes`."""
+    """Return what keeps predictions, by the scheme of its URL, not yet connected. Raises as :func:`changes`."""
     return cast("Cache", _by_scheme(url, "cache", CACHES, "modelserve.caches"))
 
 
 def features(url: str) -> FeatureStore:
-    """Return a feature store, by the scheme of its URL. It connects to nothing yet. Raises as :func:`changes`."""
+    """Return a feature store, by the scheme of its URL, not yet connected. Raises as :func:`changes`."""
     return cast("FeatureStore", _by_scheme(url, "features", FEATURES, "modelserve.features"))
 
 

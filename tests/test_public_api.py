@@ -60,7 +60,8 @@ SIGNATURES = {
     "FeatureWriter.put": "self group key values written_at",
     "FeatureWriter.load": "self table group key time",
     "FeatureWriter.get": "self group key names",
-    "AsyncModelServer": "registry models cache_dir cache_bytes download_limit_s cache changes poll_s trusted_keys features",
+    "AsyncModelServer": "registry models cache_dir cache_bytes download_limit_s cache changes poll_s trusted_keys "
+    "features",
     "AsyncModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "AsyncModelServer.predict_many": "self model_name instances version timeout_ms request_id",
     "ModelServer": "registry models cache_dir cache_bytes download_limit_s cache changes poll_s trusted_keys features",

@@ -346,8 +346,8 @@ class DiskCache:
     ) -> list[CacheEntry]:
         """Remove what is not in use, used longest ago first; return what was removed, or would be in a ``dry_run``.
 
-        What is ``spared`` stays, unless told not to ``spare`` it. ``max_bytes`` ends it as soon as the rest takes no more than that, ``used_before``
-        (aware) spares what was used since.
+        What is ``spared`` stays, unless told not to ``spare`` it. ``max_bytes`` ends it as soon as the rest takes no
+        more than that, ``used_before`` (aware) spares what was used since.
         """
         spared = self._spared() if spare else ()
         entries = [dataclasses.replace(each, in_use=each.in_use or each.key in spared) for each in self.entries()]

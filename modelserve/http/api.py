@@ -59,13 +59,13 @@ class Api:
             raise _misshapen(body)
         if "inputs" in body:
             answer = await self._server.answer(model_name, (body["inputs"],), "inputs", request_id)
-            return _prediction("prediction", answer[0][0], answer, answer[4][0] if answer[4] else ())
+            return _prediction("prediction", answer[0][0], answer, answer[5][0] if answer[5] else ())
         if "instances" in body:
             rows = body["instances"]
             if not isinstance(rows, list) or not rows:
                 raise InvalidInput("instances", "expected a list of at least one row")
             answer = await self._server.answer(model_name, rows, "instances[{}]", request_id)
-            return _prediction("predictions", answer[0], answer, answer[4])
+            return _prediction("predictions", answer[0], answer, answer[5])
         raise _misshapen(body)
 
     # -- models --------------------------------------------------------------------------------------------
