@@ -196,6 +196,7 @@ async def test_many_promotes_leave_at_most_two_versions_loaded(
         for i in range(promotes):
             await promote((i + 1) % 3 + 1)
         after = await held(server)
+        assert after.pop("descriptors") <= before.pop("descriptors")  # those of earlier tests may still be closing
         assert after == before
         assert (after["versions"], after["leases"]) == (kept, 2 * kept)  # of each the model and its example
         assert server.status()[0].previous == ("3" if kept == 2 else None)
