@@ -84,15 +84,8 @@ class Askers(Executor):
 
 async def answered(executor: Executor, call: Callable[..., T], *args: Any) -> T:
     """Return what a call answers. Raises ``BackendUnavailable`` when it has not within ``ANSWER_LIMIT_S``."""
-    answer = asyncio.get_running_loop().run_in_executor(executor, call, *args)
-    answer.add_done_callback(_look_at)
-    done, _ = await asyncio.wait({answer}, timeout=ANSWER_LIMIT_S)
-    if not done:
-        raise BackendUnavailable("registry", f"it has not answered within {ANSWER_LIMIT_S:.0f} s")
-    return answer.result()
-
-
-def _look_at(answer: asyncio.Future[Any]) -> None:
-    """An error that comes too late for anybody is no news."""
-    if not answer.cancelled():
-        answer.exception()
+    try:
+        async with asyncio.timeout(ANSWER_LIMIT_S):
+            return await asyncio.get_running_loop().run_in_executor(executor, call, *args)
+    except TimeoutError as error:
+        raise BackendUnavailable("registry", f"it has not answered within {ANSWER_LIMIT_S:.0f} s") from error

@@ -21,12 +21,13 @@ from pydantic_settings import (
 
 from modelserve.errors import ConfigError
 from modelserve.features.declaration import Features, check_apart
+from modelserve.plugins import DOTTED_PATH
 from modelserve.types import Scaling
 
 AUTO_BATCH_SIZE = 256
 _Replicas: TypeAlias = Annotated[int, Field(ge=1, le=64)]
 _Device: TypeAlias = Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d{1,3})?)$")]
-_DottedPath: TypeAlias = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$")]
+_DottedPath: TypeAlias = Annotated[str, Field(pattern=f"^{DOTTED_PATH}$")]
 
 
 class ModelOptions(BaseModel):

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 from modelserve import plugins
+from modelserve.breaker import Breaker
 from modelserve.config import ModelOptions
 from modelserve.errors import ConfigError, DeadlineExceeded, InvalidInput, Overloaded, in_words
 from modelserve.events import FeaturesRead, Observers
 from modelserve.execution.batcher import Batcher
-from modelserve.features.breaker import PAUSE_S, Breaker
 from modelserve.features.plan import Completed, FeaturePlan, Pending, Unread
 from modelserve.ports import FeatureKey, FeatureRow, FeatureStore
 from modelserve.types import Row
@@ -25,6 +25,7 @@ READS_AT_ONCE: Final = 4
 _ROWS_AT_ONCE: Final = 100  # of one read; DynamoDB takes no more
 _ROWS_WAITING: Final = 20_000
 _GRID_S: Final = 0.001
+_PAUSE_S: Final = 1.0
 _HANG_S: Final = 5.0  # a store that breaks its promise to end by itself; ours give up after a second
 _WARM_UP_S: Final = 2.0
 _NOBODYS_ROW: Final = FeatureKey("modelserve", "nobody", ("nothing",))
@@ -54,7 +55,7 @@ class Enricher:
         self._own = own
         self._observers = observers
         self._now = now
-        self._breaker = Breaker()
+        self._breaker = Breaker(5, first_pause_s=_PAUSE_S, last_pause_s=_PAUSE_S)
         self._within_s = 0.0
         self._batcher: Batcher[FeatureKey, FeatureRow] | None = None
         self._last: Unread = "error"
@@ -65,7 +66,7 @@ class Enricher:
         A store that does not answer keeps no server from starting.
         """
         self._loop = asyncio.get_running_loop()
-        self._breaker = Breaker()
+        self._breaker = Breaker(5, first_pause_s=_PAUSE_S, last_pause_s=_PAUSE_S)
         self._batcher = Batcher(max_rows=_ROWS_AT_ONCE, queue_limit=_ROWS_WAITING, grid_s=_GRID_S)
         for _ in range(READS_AT_ONCE):
             self._batcher.add(self._read_batch)
@@ -117,15 +118,18 @@ class Enricher:
         first_error = next((each for each in found if isinstance(each, Exception)), None)
         if first_error is not None and all(isinstance(each, Exception) for each in found):
             return self._failed("error", first_error, len(wanted))
-        if self._breaker.succeeded():
+        if self._breaker.open:
             _log.info("the feature store %s answers again", self.name)
+        self._breaker.succeeded()
         return [each if isinstance(each, FeatureRow) else "error" for each in found]
 
     def _failed(self, status: Unread, error: Exception, rows: int) -> Sequence[_Found]:
         self._last = status
-        if self._breaker.failed(self._loop.time()):
+        was_open = self._breaker.open
+        self._breaker.late(self._loop.time())  # a hiccup of a busy store fails many reads at once
+        if self._breaker.open and not was_open:
             problem = "it does not answer in time" if status == "timeout" else str(error)
-            _log.warning("the feature store %s is asked once in %g s only: %s", self.name, PAUSE_S, problem)
+            _log.warning("the feature store %s is asked once in %g s only: %s", self.name, _PAUSE_S, problem)
         return [status] * rows
 
     async def _read_batch(self, items: list[FeatureKey]) -> Sequence[FeatureRow]:

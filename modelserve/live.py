@@ -201,8 +201,10 @@ class Live:
 
     async def _look_forever(self) -> None:
         while True:
+            # Not wait_for: in Python 3.11 it swallows a cancellation that meets a hint, and the server never closes.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look_now.wait(), self._poll_s)
+                async with asyncio.timeout(self._poll_s):
+                    await self._look_now.wait()
             self._look_now.clear()
             await self._look()
 

@@ -19,6 +19,8 @@ from typing import Any, Final, cast
 from modelserve.errors import ConfigError, InvalidInput, MissingDependency
 from modelserve.ports import Cache, ChangeHints, Converter, FeatureStore, Framework, Keys, ModelSource, ObjectReader
 
+DOTTED_PATH: Final = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
+"""What :func:`resolve` takes, as a regular expression: ``package.module:name``."""
 FRAMEWORKS: Final = {
     "onnx": "modelserve.adapters.frameworks.onnx:OnnxFramework",
     "pytorch": "modelserve.adapters.frameworks.pytorch:PyTorchFramework",

@@ -12,7 +12,13 @@ from modelserve.artifacts import transfer
 from tests import servers
 from tests.faulty_s3 import FaultyS3, behind_a_proxy
 
-_MARK_OF_FIXTURE = {"postgres_server": "postgres", "redis_server": "redis", "s3_server": "aws"}
+_MARK_OF_FIXTURE = {
+    "own_postgres": "postgres",
+    "own_redis": "redis",
+    "postgres_server": "postgres",
+    "redis_server": "redis",
+    "s3_server": "aws",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +33,26 @@ def postgres_server() -> Iterator[servers.PostgresServer]:
     """One real PostgreSQL server for the run."""
     try:
         with servers.postgres() as server:
+            yield server
+    except servers.ServerMissing as missing:
+        servers.unavailable(str(missing))
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[servers.PostgresServer]:
+    """A PostgreSQL server that the test may hurt."""
+    try:
+        with servers.postgres() as server:
+            yield server
+    except servers.ServerMissing as missing:
+        servers.unavailable(str(missing))
+
+
+@pytest.fixture
+def own_redis() -> Iterator[servers.RedisServer]:
+    """A Redis server that the test may hurt."""
+    try:
+        with servers.redis() as server:
             yield server
     except servers.ServerMissing as missing:
         servers.unavailable(str(missing))

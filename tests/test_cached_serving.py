@@ -290,16 +290,6 @@ async def test_ten_thousand_reads_that_are_cancelled_or_late(redis_server: serve
 
 
 @pytest.fixture
-def own_redis() -> Iterator[servers.RedisServer]:
-    """A Redis server that the test may hurt."""
-    try:
-        with servers.redis() as server:
-            yield server
-    except servers.ServerMissing as missing:
-        servers.unavailable(str(missing))
-
-
-@pytest.fixture
 def uncollected() -> Iterator[None]:
     """No full collection meanwhile: over all that the suite has imported it stops the loop for a second."""
     gc.collect()

@@ -289,6 +289,20 @@ def test_after_a_reconnect_everything_is_looked_at() -> None:
     run(scenario, poll_s=1e6)
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_stopping_ends_whatever_hint_it_meets(turns: int) -> None:
+    """A hint that arrives in the very moment of a stop does not keep the poll alive."""
+
+    async def scenario(world: World) -> None:
+        await world.live.start()
+        await asyncio.sleep(0.1)
+        world.live._nudge(None)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+    run(scenario)  # which stops it then
+
+
 @pytest.mark.promise("P4")
 def test_a_flood_of_hints_costs_one_look_at_a_time() -> None:
     """Thousands of hints in a row, for this model, for all and for unknown ones, cost two reads and no keeper."""

@@ -2,7 +2,7 @@
 
 ``predictions`` is what a request goes through; ``memory`` keeps values in this process, ``shared`` uses a cache that
 other processes use too in such a way that it cannot hurt, ``tiers`` puts one before the other; ``envelope`` is the form
-of a value, ``flights`` lets concurrent requests share one execution, ``breaker`` leaves alone what does not answer.
+of a value, ``flights`` lets concurrent requests share one execution.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
-from modelserve.caching.breaker import Breaker
+from modelserve.breaker import Breaker
 from modelserve.errors import BackendUnavailable, DeadlineExceeded, ModelServeError, in_words
 from modelserve.execution.batcher import Batcher
 from modelserve.ports import Cache, CacheItem
@@ -34,7 +34,8 @@ class Shared:
     def __init__(self, cache: Cache) -> None:
         self._loop = asyncio.get_running_loop()
         self._cache = cache
-        self._reading, self._writing = Breaker(), Breaker()
+        self._reading = Breaker(3, first_pause_s=0.5, last_pause_s=5.0)
+        self._writing = Breaker(3, first_pause_s=0.5, last_pause_s=5.0)
         self._reads: Batcher[str, bytes | None] = Batcher(max_rows=_MOST_KEYS, queue_limit=_MOST_WAITING)
         self._writes: Batcher[CacheItem, None] = Batcher(max_rows=_MOST_KEYS, queue_limit=_MOST_WAITING)
         self._reads.add(self._read)

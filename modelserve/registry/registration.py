@@ -25,7 +25,6 @@ from modelserve.signature import Signature
 from modelserve.types import Artifact, FrameworkName, Json, Row, Runtime
 
 _EXAMPLE_ROWS: Final = 8
-_DOTTED_PATH: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _EXAMPLE_FORMAT: Final = "example-json"
 
 
@@ -56,7 +55,7 @@ def prepare(
     baseline: Any,
 ) -> Registration:
     """Save ``model`` (an object or the path of a saved one), prove it, and store it. Adds no row."""
-    if factory is not None and not _DOTTED_PATH.fullmatch(factory):
+    if factory is not None and not re.fullmatch(plugins.DOTTED_PATH, factory):
         raise InvalidInput("factory", f"give it as 'package.module:callable', not {factory!r}")
     name = framework or _framework_of(model)
     adapter = plugins.framework(name)

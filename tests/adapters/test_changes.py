@@ -186,16 +186,6 @@ def test_foreign_bytes_on_the_channel_hurt_nobody(redis_server: servers.RedisSer
     assert heard.names == [None, "�\x00", "churn"]
 
 
-@pytest.fixture
-def own_redis() -> Iterator[servers.RedisServer]:
-    """A Redis server that the test may hurt."""
-    try:
-        with servers.redis() as server:
-            yield server
-    except servers.ServerMissing as missing:
-        servers.unavailable(str(missing))
-
-
 @pytest.mark.redis
 @pytest.mark.parametrize("fault", ["stalled", "gone"])
 def test_a_redis_that_is_down_does_not_hold_up_a_change(

@@ -84,16 +84,6 @@ async def redis_store(redis_url: str) -> AsyncIterator[RedisFeatures]:
     await store.close()
 
 
-@pytest.fixture
-def own_redis() -> Iterator[servers.RedisServer]:
-    """A Redis server that the test may hurt."""
-    try:
-        with servers.redis() as server:
-            yield server
-    except servers.ServerMissing as missing:
-        servers.unavailable(str(missing))
-
-
 async def test_rows_that_others_wrote_are_read(redis_store: RedisFeatures, redis_server: servers.RedisServer) -> None:
     """A hash from any program is a row: JSON is a value, other bytes are unreadable, and a time may be wanting."""
     name = f"{redis_store._root}user_id:1"

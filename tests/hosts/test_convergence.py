@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -149,26 +148,6 @@ def test_the_judge_sees_what_is_wrong() -> None:
 
 
 # -- faults of what carries the hints ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def own_postgres() -> Iterator[servers.PostgresServer]:
-    """A PostgreSQL server that the test may hurt."""
-    try:
-        with servers.postgres() as server:
-            yield server
-    except servers.ServerMissing as missing:
-        servers.unavailable(str(missing))
-
-
-@pytest.fixture
-def own_redis() -> Iterator[servers.RedisServer]:
-    """A Redis server that the test may hurt."""
-    try:
-        with servers.redis() as server:
-            yield server
-    except servers.ServerMissing as missing:
-        servers.unavailable(str(missing))
 
 
 class Watch:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from modelserve import plugins
-from modelserve.errors import BackendUnavailable, ConfigError
+from modelserve.adapters.redis_driver import our_errors, reading_url, socket_options, split_url
+from modelserve.errors import ConfigError
 from modelserve.ports import CacheItem
 
-_BACKEND: Final = "Redis"
 _SPACE: Final = "modelserve:predictions:"
 _TIMEOUT_S: Final = 1.0
 _CONNECTIONS: Final = 4
@@ -31,7 +29,7 @@ class RedisCache:
     def __init__(self, url: str) -> None:
         self._redis = plugins.require("redis")
         self._asyncio = plugins.require("redis.asyncio")
-        self._url, own = _without_own_options(url)
+        self._url, own = split_url(url, ("prefix", "budget_ms"), "cache")
         self._space = own.get("prefix", "") + _SPACE
         self.budget_s = _milliseconds(own.get("budget_ms", str(_BUDGET_MS))) / 1000
         self._client: Any = None
@@ -41,13 +39,13 @@ class RedisCache:
         """Return what is kept under each key. A key that holds another type of Redis' has no value here."""
         if not keys:
             return []
-        with self._our_errors():
+        with our_errors():
             values: Sequence[bytes | None] = await self._opened().mget([self._space + key for key in keys])
         return values
 
     async def put_many(self, items: Sequence[CacheItem]) -> None:
         """Keep each value for its time, in place of whatever was there."""
-        with self._our_errors():
+        with our_errors():
             commands = self._opened().pipeline(transaction=False)
             for key, value, ttl_s in items:
                 commands.set(self._space + key, value, px=max(1, int(ttl_s * 1000)))
@@ -56,7 +54,7 @@ class RedisCache:
     async def clear(self, prefix: str) -> int:
         """Forget every key that begins with ``prefix``; return how many there were."""
         count, pattern = 0, _literally(self._space + prefix) + "*"
-        with self._our_errors():
+        with our_errors():
             client, cursor = self._opened(), 0
             while True:
                 cursor, names = await client.scan(cursor, match=pattern, count=_PAGE)
@@ -67,7 +65,7 @@ class RedisCache:
 
     async def ping(self) -> None:
         """Ask whether it answers. Raises ``BackendUnavailable``."""
-        with self._our_errors():
+        with our_errors():
             await self._opened().ping()
 
     async def close(self) -> None:
@@ -84,19 +82,16 @@ class RedisCache:
 
     def _new_client(self) -> Any:
         options: dict[str, Any] = {
-            "socket_connect_timeout": _TIMEOUT_S,
+            **socket_options(self._url, _TIMEOUT_S),
             "socket_timeout": _TIMEOUT_S,
             "max_connections": _CONNECTIONS,
             "protocol": 2,
             # Whoever asks has a few milliseconds, and a circuit breaker of its own.
             "retry": self._asyncio.retry.Retry(self._redis.backoff.NoBackoff(), 0),
         } | self._anonymous()
-        try:
+        with reading_url("cache"):
             pool = self._asyncio.ConnectionPool.from_url(self._url, **options)
             pool.connection_class(**pool.connection_kwargs)  # connects to nothing, but takes every option or refuses it
-        except (ValueError, TypeError):
-            # The cause is left out: it may quote a part of the password.
-            raise _unreadable() from None
         return self._asyncio.Redis.from_pool(pool)
 
     def _anonymous(self) -> dict[str, None]:
@@ -104,32 +99,6 @@ class RedisCache:
         if hasattr(self._redis, "driver_info"):
             return {"driver_info": None}
         return {"lib_name": None, "lib_version": None}
-
-    @contextlib.contextmanager
-    def _our_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (self._redis.RedisError, OSError, EOFError) as error:
-            raise BackendUnavailable(_BACKEND, self._in_short(error)) from error
-
-    def _in_short(self, error: Exception) -> str:
-        """Say what is wrong without what the driver says, which quotes host and user."""
-        if isinstance(error, self._redis.AuthenticationError):
-            return "it refuses the user or the password"
-        if isinstance(error, self._redis.TimeoutError | asyncio.TimeoutError):
-            return "it does not answer in time"
-        return "no connection" if isinstance(error, self._redis.ConnectionError | OSError) else "it refuses the command"
-
-
-def _without_own_options(url: str) -> tuple[str, dict[str, str]]:
-    """Take our own options out of the URL."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-    except ValueError:
-        raise _unreadable() from None
-    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
-    own: dict[str, str] = {name: options.pop(name) for name in ("prefix", "budget_ms") if name in options}
-    return parts._replace(query=urllib.parse.urlencode(options)).geturl(), own
 
 
 def _milliseconds(text: str) -> float:
@@ -145,8 +114,3 @@ def _milliseconds(text: str) -> float:
 def _literally(text: str) -> str:
     """Escape what has a meaning in a pattern of Redis'."""
     return "".join(f"\\{each}" if each in "*?[]^-\\" else each for each in text)
-
-
-def _unreadable() -> ConfigError:
-    problem = "it is written redis://user:password@host:6379/0, special characters %-encoded"
-    return ConfigError(f"the URL of the cache cannot be read; {problem}")

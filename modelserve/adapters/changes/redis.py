@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
-import socket
 import threading
 import time
-import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 from modelserve import plugins
-from modelserve.errors import BackendUnavailable, ConfigError
+from modelserve.adapters.redis_driver import BACKEND, our_errors, reading_url, socket_options, split_url
+from modelserve.errors import BackendUnavailable
 from modelserve.listening import TICK_S, Feed, Turn
 from modelserve.ports import ChangeListener
 
 CHANNEL: Final = "modelserve:changes"
-_BACKEND: Final = "Redis"
 _PUBLISH_LIMIT_S: Final = 0.5
 _PUBLISHING_AT_ONCE: Final = 8
 _TIMEOUT_S: Final = 2.0
@@ -33,10 +30,10 @@ class RedisChanges:
 
     def __init__(self, url: str) -> None:
         self._redis = plugins.require("redis")
-        url, prefix = _without_prefix(url)
-        self._channel = f"{prefix}{CHANNEL}"
+        url, own = split_url(url, ("prefix",), "changes")
+        self._channel = own.get("prefix", "") + CHANNEL
         self._client = self._client_of(url)
-        self._feed = Feed(_BACKEND, self._listen)
+        self._feed = Feed(BACKEND, self._listen)
         self._slots = threading.BoundedSemaphore(_PUBLISHING_AT_ONCE)
 
     def subscribe(self, listener: ChangeListener) -> Callable[[], None]:
@@ -51,7 +48,7 @@ class RedisChanges:
         """
         give_up = time.monotonic() + _PUBLISH_LIMIT_S
         outcome: queue.SimpleQueue[BackendUnavailable | None] = queue.SimpleQueue()
-        late = BackendUnavailable(_BACKEND, f"no answer within {_PUBLISH_LIMIT_S} s")
+        late = BackendUnavailable(BACKEND, f"no answer within {_PUBLISH_LIMIT_S} s")
         if not self._slots.acquire(timeout=_PUBLISH_LIMIT_S):
             raise late
         threading.Thread(
@@ -66,7 +63,7 @@ class RedisChanges:
 
     def ping(self) -> None:
         """Ask whether it answers. Raises ``BackendUnavailable``."""
-        with self._our_errors():
+        with our_errors():
             self._client.ping()
 
     def close(self) -> None:
@@ -76,19 +73,19 @@ class RedisChanges:
 
     def _publish(self, model_name: str, outcome: queue.SimpleQueue[BackendUnavailable | None]) -> None:
         try:
-            with self._our_errors():
+            with our_errors():
                 self._client.publish(self._channel, model_name)
         except BackendUnavailable as problem:
             outcome.put(problem)
         except Exception as error:  # noqa: BLE001  # closed meanwhile, the driver falls over its own feet
-            outcome.put(BackendUnavailable(_BACKEND, f"publishing failed: {type(error).__name__}"))
+            outcome.put(BackendUnavailable(BACKEND, f"publishing failed: {type(error).__name__}"))
         else:
             outcome.put(None)
         finally:
             self._slots.release()
 
     def _listen(self, turn: Turn) -> None:
-        with self._our_errors(), self._client.pubsub() as subscription:
+        with our_errors(), self._client.pubsub() as subscription:
             subscription.subscribe(self._channel)
             while not turn.over:
                 message = subscription.get_message(timeout=TICK_S)
@@ -100,54 +97,12 @@ class RedisChanges:
                     turn.tell(message["data"].decode("utf-8", "replace"))
 
     def _client_of(self, url: str) -> Any:
-        retry = self._redis.retry.Retry(self._redis.backoff.NoBackoff(), 1)  # a pooled connection may have died idle
         options = {
-            "socket_connect_timeout": _TIMEOUT_S,
+            **socket_options(url, _TIMEOUT_S),
             "socket_timeout": _TIMEOUT_S,
-            "socket_keepalive": True,
-            "socket_keepalive_options": _keepalive(),
-            "retry": retry,
+            "retry": self._redis.retry.Retry(self._redis.backoff.NoBackoff(), 1),  # a pooled one may have died idle
         }
-        if url.startswith("unix://"):
-            options = {"socket_timeout": _TIMEOUT_S, "retry": retry}
-        try:
+        with reading_url("changes"):
             client = self._redis.Redis.from_url(url, **options)
-            client.connection_pool.connection_kwargs["decode_responses"] = False  # whatever the URL says
             client.connection_pool.make_connection()  # connects to nothing, but takes every option or refuses it
-        except (ValueError, TypeError, self._redis.RedisError):
-            # The cause is left out: it may quote a part of the password.
-            problem = "it is written redis://user:password@host:6379/0, special characters %-encoded"
-            raise ConfigError(f"the URL of the changes cannot be read; {problem}") from None
         return client
-
-    @contextlib.contextmanager
-    def _our_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (self._redis.RedisError, OSError) as error:
-            raise BackendUnavailable(_BACKEND, self._in_short(error)) from error
-
-    def _in_short(self, error: Exception) -> str:
-        """Say what is wrong without what the driver says, which quotes host and user."""
-        if isinstance(error, self._redis.AuthenticationError):
-            return "it refuses the user or the password"
-        if isinstance(error, self._redis.TimeoutError):
-            return "it does not answer in time"
-        return "no connection" if isinstance(error, self._redis.ConnectionError | OSError) else "it refuses the command"
-
-
-def _without_prefix(url: str) -> tuple[str, str]:
-    """Take our own option out of the URL."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-    except ValueError:
-        return url, ""  # which the driver cannot read either
-    options = dict(urllib.parse.parse_qsl(parts.query))
-    prefix = options.pop("prefix", "")
-    return parts._replace(query=urllib.parse.urlencode(options)).geturl(), prefix
-
-
-def _keepalive() -> dict[int, int]:
-    """Have the kernel give up an idle connection after 25 s whose other end is gone without a word."""
-    wanted = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-    return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}

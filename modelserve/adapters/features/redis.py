@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import socket
-import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from modelserve import plugins
-from modelserve.errors import BackendUnavailable, ConfigError
+from modelserve.adapters.redis_driver import BACKEND, in_short, our_errors, reading_url, socket_options, split_url
+from modelserve.errors import BackendUnavailable
 from modelserve.features.layout import TIME, decoded, row_id, time_of
 from modelserve.ports import FeatureKey, FeatureRecord, FeatureRow
 
-_BACKEND: Final = "Redis"
 _ROOT: Final = "modelserve:features:"
 _LIMIT_S: Final = 1.0  # a read that has not ended by then loses its connection
 _WRITE_LIMIT_S: Final = 10.0
@@ -33,8 +30,8 @@ class RedisFeatures:
     def __init__(self, url: str) -> None:
         self._redis = plugins.require("redis")
         self._aio = plugins.require("redis.asyncio")
-        self._url, prefix = _without_prefix(url)
-        self._root = f"{prefix}{_ROOT}"
+        self._url, own = split_url(url, ("prefix",), "features")
+        self._root = own.get("prefix", "") + _ROOT
         self._reader: Any = None
         self._writer = self._client_of(self._redis, _WRITE_LIMIT_S)
         self._client_of(self._aio, _LIMIT_S)  # takes every option, or refuses it now
@@ -44,7 +41,7 @@ class RedisFeatures:
         if self._reader is None:
             self._reader = self._client_of(self._aio, _LIMIT_S)
         commands = b"".join(_hmget(self._root + row_id(key.group, key.key), key.names) for key in wanted)
-        with self._our_errors():
+        with our_errors():
             async with asyncio.timeout(_LIMIT_S):
                 answers = await self._ask(self._reader.connection_pool, commands, len(wanted))
         return [self._row(answer) for answer in answers]
@@ -74,12 +71,12 @@ class RedisFeatures:
             name = self._root + row_id(record.group, record.key)
             pipeline.delete(name)
             pipeline.hset(name, mapping={**record.values, TIME: repr(record.written_at)})
-        with self._our_errors():
+        with our_errors():
             pipeline.execute()
 
     def ping(self) -> None:
         """Ask whether it answers. Raises ``BackendUnavailable``."""
-        with self._our_errors():
+        with our_errors():
             self._writer.ping()
 
     async def close(self) -> None:
@@ -91,7 +88,7 @@ class RedisFeatures:
 
     def _row(self, answer: Any) -> FeatureRow | BackendUnavailable:
         if isinstance(answer, Exception):
-            return BackendUnavailable(_BACKEND, self._in_short(answer))
+            return BackendUnavailable(BACKEND, in_short(answer))
         *values, written_at = answer
         return FeatureRow(tuple(map(decoded, values)), time_of(written_at))
 
@@ -99,41 +96,17 @@ class RedisFeatures:
         backoff = plugins.require("redis.backoff")
         retries = plugins.require("redis.retry" if driver is self._redis else "redis.asyncio.retry")
         options: dict[str, Any] = {
+            **socket_options(self._url, limit_s),
             "socket_timeout": limit_s if driver is self._redis else None,  # reads have a limit as a whole
-            "socket_connect_timeout": limit_s,
             "retry": retries.Retry(backoff.NoBackoff(), 1 if driver is self._redis else 0),
-            "decode_responses": False,
             "protocol": 2,
         }
         if driver is self._aio:
             options |= {"max_connections": _CONNECTIONS}
-        if self._url.startswith("unix://"):
-            del options["socket_connect_timeout"]
-        else:
-            options |= {"socket_keepalive": True, "socket_keepalive_options": _keepalive()}
-        try:
+        with reading_url("features"):
             client = driver.Redis.from_url(self._url, **options)
             client.connection_pool.make_connection()  # connects to nothing, but takes every option or refuses it
-        except (ValueError, TypeError):
-            # The cause is left out: it may quote a part of the password.
-            problem = "it is written redis://user:password@host:6379/0, special characters %-encoded"
-            raise ConfigError(f"features: the URL of the store cannot be read; {problem}") from None
         return client
-
-    @contextlib.contextmanager
-    def _our_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (self._redis.RedisError, OSError) as error:
-            raise BackendUnavailable(_BACKEND, self._in_short(error)) from error
-
-    def _in_short(self, error: Exception) -> str:
-        """Say what is wrong without what the driver says, which quotes host and user."""
-        if isinstance(error, self._redis.AuthenticationError):
-            return "it refuses the user or the password"
-        if isinstance(error, self._redis.TimeoutError | TimeoutError):
-            return "it does not answer in time"
-        return "no connection" if isinstance(error, self._redis.ConnectionError | OSError) else "it refuses the command"
 
 
 def _hmget(name: str, names: tuple[str, ...]) -> bytes:
@@ -147,20 +120,3 @@ def _packed(names: tuple[str, ...]) -> tuple[int, bytes]:
     """Return how many words a command for these features has, and the words after the key: the same for every row."""
     words = [name.encode() for name in (*names, TIME)]
     return len(words) + 2, b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
-
-
-def _without_prefix(url: str) -> tuple[str, str]:
-    """Take our own option out of the URL."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-    except ValueError:
-        return url, ""  # which the driver cannot read either
-    options = dict(urllib.parse.parse_qsl(parts.query))
-    prefix = options.pop("prefix", "")
-    return parts._replace(query=urllib.parse.urlencode(options)).geturl(), prefix
-
-
-def _keepalive() -> dict[int, int]:
-    """Have the kernel give up an idle connection after 25 s whose other end is gone without a word."""
-    wanted = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-    return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}

@@ -5,27 +5,27 @@ from __future__ import annotations
 import math
 from typing import Final
 
-_FAILURES: Final = 3
 _APART_S: Final = 0.05  # what is late within such a time is one failure: a moment's stall makes everybody late
-_FIRST_PAUSE_S: Final = 0.5
-_LAST_PAUSE_S: Final = 5.0
 
 
 class Breaker:
-    """Opens after three failures in a row, and lets one attempt through after each pause: 0.5, 1, 2, 4, 5 s.
+    """Opens after so many ``failures`` in a row, and lets one attempt through after each pause.
 
+    The first pause is ``first_pause_s`` long, and each is twice as long as the one before, up to ``last_pause_s``.
     Times are seconds of any clock that does not go back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, failures: int, *, first_pause_s: float, last_pause_s: float) -> None:
+        self._limit = failures
+        self._first_pause_s, self._last_pause_s = first_pause_s, last_pause_s
         self._failures = 0
         self._failed_at = self._next = -math.inf
-        self._pause_s = _FIRST_PAUSE_S
+        self._pause_s = first_pause_s
 
     @property
     def open(self) -> bool:
         """Whether attempts are held back."""
-        return self._failures >= _FAILURES
+        return self._failures >= self._limit
 
     def lets_through(self, now: float) -> bool:
         """Whether to try. While it is open, whoever is told yes is the only one until the next pause is over."""
@@ -43,7 +43,7 @@ class Breaker:
 
     def failed(self, now: float) -> None:
         """Note that an attempt failed."""
-        self._pause_s = min(_LAST_PAUSE_S, 2 * self._pause_s) if self.open else _FIRST_PAUSE_S
+        self._pause_s = min(self._last_pause_s, 2 * self._pause_s) if self.open else self._first_pause_s
         self._failures += 1
         self._failed_at, self._next = now, now + self._pause_s
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelserve.caching.breaker import Breaker
+from modelserve.breaker import Breaker
+
+
+def made() -> Breaker:
+    return Breaker(3, first_pause_s=0.5, last_pause_s=5.0)
 
 
 def fail(breaker: Breaker, *times: float) -> None:
@@ -15,7 +19,7 @@ def fail(breaker: Breaker, *times: float) -> None:
 
 def test_three_failures_in_a_row_open_it_and_a_success_closes_it() -> None:
     """Two failures, or three with a success between them, change nothing; the third in a row does."""
-    breaker = Breaker()
+    breaker = made()
     fail(breaker, 0.0, 1.0)
     breaker.succeeded()
     fail(breaker, 2.0, 3.0)
@@ -29,20 +33,20 @@ def test_three_failures_in_a_row_open_it_and_a_success_closes_it() -> None:
 
 def test_what_is_late_in_one_moment_is_one_failure() -> None:
     """A stall that makes a crowd wait does not open it; three stalls in a row do, and so do three errors at once."""
-    breaker = Breaker()
+    breaker = made()
     for stall in (1.0, 2.0, 3.0):
         assert not breaker.open
         for i in range(40):
             breaker.late(stall + i / 1000)
     assert breaker.open
-    breaker = Breaker()
+    breaker = made()
     fail(breaker, 1.0, 1.001, 1.002)
     assert breaker.open
 
 
 def test_one_attempt_after_each_growing_pause() -> None:
     """While it is open, one caller in half a second, then in one, two, four and five seconds is let through."""
-    breaker, now, pauses = Breaker(), 0.2, []
+    breaker, now, pauses = made(), 0.2, []
     fail(breaker, 0.0, 0.1, 0.2)
     for _ in range(6):
         began = now
@@ -56,7 +60,7 @@ def test_one_attempt_after_each_growing_pause() -> None:
 
 def test_an_attempt_that_never_ends_is_followed_by_another() -> None:
     """Whoever was let through and went away keeps nobody out for longer than the pause."""
-    breaker = Breaker()
+    breaker = made()
     fail(breaker, 0.0, 0.1, 0.2)
     assert breaker.lets_through(0.7)
     assert not breaker.lets_through(1.1)
@@ -66,7 +70,7 @@ def test_an_attempt_that_never_ends_is_followed_by_another() -> None:
 @given(st.lists(st.tuples(st.floats(0.0, 2.0), st.sampled_from(["ask", "fail", "late", "succeed"])), max_size=80))
 def test_it_never_holds_back_for_more_than_five_seconds(steps: list[tuple[float, str]]) -> None:
     """Whatever happened before, five quiet seconds later an attempt is let through."""
-    breaker, now = Breaker(), 0.0
+    breaker, now = made(), 0.0
     for passed, what in steps:
         now += passed
         if what == "ask":
