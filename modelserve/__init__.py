@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from modelserve.http.wsgi import wsgi
     from modelserve.importing import import_model
     from modelserve.registry import Registry
-    from modelserve.server import AsyncModelServer, ModelServer
+    from modelserve.server import AsyncModelServer
     from modelserve.signature import Field, Signature
+    from modelserve.sync_server import ModelServer
     from modelserve.types import ModelVersion, Prediction, Scaling
 
 _HOMES = {
@@ -63,8 +64,9 @@ _HOMES = {
     "http.wsgi": ("wsgi",),
     "importing": ("import_model",),
     "registry": ("Registry",),
-    "server": ("AsyncModelServer", "ModelServer"),
+    "server": ("AsyncModelServer",),
     "signature": ("Field", "Signature"),
+    "sync_server": ("ModelServer",),
     "types": ("ModelVersion", "Prediction", "Scaling"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from modelserve.config import ModelOptions
 from modelserve.errors import BackendUnavailable, LoadFailed, ModelNotFound, NotReady, SchemaOutdated, VersionNotFound
 from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
-from modelserve.live import Live, ModelStatus
+from modelserve.keeper import ModelStatus
+from modelserve.live import Live
 from modelserve.ports import ChangeListener
 from modelserve.registry.hints import Hints
 from modelserve.snapshots import Snapshots

@@ -19,9 +19,9 @@ from modelserve.config import ModelOptions, Settings
 from modelserve.errors import InvalidInput
 from modelserve.importing import import_model
 from modelserve.registry import Registry
-from modelserve.server import ModelServer
 from modelserve.signature import Signature
 from modelserve.signing import create_key_files, trusted_keys
+from modelserve.sync_server import ModelServer
 from modelserve.types import DeploymentState, Json, ModelVersion
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -11,7 +11,7 @@ from modelserve.errors import InferenceFailed, InvalidInput, ModelNotFound, Mode
 from modelserve.http.messages import Request, Response
 from modelserve.http.openapi import openapi_document
 from modelserve.http.problems import HttpProblem, problem_response
-from modelserve.live import ModelStatus
+from modelserve.keeper import ModelStatus
 from modelserve.server import Answer, AsyncModelServer
 from modelserve.types import Json, ModelVersion, PoolStatus
 

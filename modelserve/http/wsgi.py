@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias
 from modelserve.http.api import MAX_BODY_BYTES, Api, clean_request_id
 from modelserve.http.messages import Request, Response
 from modelserve.http.problems import HttpProblem, problem_response
-from modelserve.server import ModelServer
+from modelserve.sync_server import ModelServer
 
 Environ: TypeAlias = dict[str, Any]
 StartResponse: TypeAlias = Callable[..., Any]
