@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import io
 import json
 import pickle
 import shutil
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -253,6 +255,24 @@ def test_programs_are_loaded_by_several_threads_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         models = list(threads.map(lambda _: FRAMEWORK.load(saved.path, saved.format, saved.load_options), range(16)))
     assert all(np.array_equal(_answer(model), _answer(models[0])) for model in models)
+
+
+def test_programs_are_checked_one_at_a_time(tmp_path: Path) -> None:
+    """Another thread that runs in the middle of ``ast.parse``, as when garbage is collected there, disturbs nothing."""
+    saved = _saved(tmp_path)
+    gc.callbacks.append(_let_others_run)
+    threshold = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda _: FRAMEWORK.load(saved.path, saved.format, saved.load_options), range(16)))
+    finally:
+        gc.callbacks.remove(_let_others_run)
+        gc.set_threshold(*threshold)
+
+
+def _let_others_run(_phase: str, _info: dict[str, int]) -> None:
+    time.sleep(0)
 
 
 def test_an_exported_program_can_be_registered(tmp_path: Path) -> None:

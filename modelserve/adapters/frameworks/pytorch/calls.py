@@ -25,7 +25,12 @@ _NO_LIMIT: Final = 1 << 30
 _SAME_ROWS: Final = re.compile(r"L\['\w+'\]\.size\(\)\[0\] == L\['\w+'\]\.size\(\)\[0\]")
 
 exporting: Final = threading.RLock()
-"""Held by whoever reads, writes or unpacks an exported program: torch.export does so through globals of its own."""
+"""Held by whoever checks, reads, writes or unpacks an exported program.
+
+torch.export does so through globals of its own; so does ``ast.parse``, which both the check and torch.export call: in
+CPython 3.11 it counts its depth for the whole interpreter, and a thread that comes between gets a ``SystemError``
+(python/cpython#106905).
+"""
 
 
 @dataclasses.dataclass(frozen=True)

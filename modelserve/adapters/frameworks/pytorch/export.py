@@ -54,7 +54,8 @@ class Pt2:
             raise InvalidInput("model", f"torch.export cannot write it: {_first_line(error)}; {INSTEAD}") from error
         path.write_bytes(buffer.getvalue())
         try:
-            check_program(*read_archive(path))
+            with exporting:
+                check_program(*read_archive(path))
         except ArtifactUnsafe as error:
             raise InvalidInput("model", f"what torch.export makes of it would not be loaded: {error}") from error
 
@@ -63,7 +64,8 @@ class Pt2:
         torch = plugins.require("torch")
         device = find_device(runtime.device)
         data, names = read_archive(path)
-        check_program(data, names)
+        with exporting:
+            check_program(data, names)
         try:
             with exporting:
                 program = torch.export.load(io.BytesIO(data))
