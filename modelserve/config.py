@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -51,9 +51,13 @@ class ModelOptions(BaseModel):
     ``start_limit_s``       ``600``        how long a replica may take to load and warm up
     ``hang_limit_s``        ``1``          how long a batch may run on after the last of its callers has given up
     ``cache_ttl_s``         ``0``          how long an answer is given again to the same inputs, in seconds (0: never)
+    ``cache_key``           ``"merged"``   what has to be the same: the ``"merged"`` row, with features as they are now,
+                                           or the ``"request"``, for which features are not even read
     ``features``            ``None``       what is read from the feature store: a :class:`Features`, or several
     ``reload``              ``"overlap"``  load a new version in full beside the old one, or ``"replace"`` it bit by bit
     ``keep_previous``       ``True``       keep the version before loaded, so that a rollback is instant
+    ``log_sample_rate``     ``0.1``        share of the requests that the inference log keeps (0: none, 1: all)
+    ``log_inputs``          ``True``       keep the inputs themselves in it, not only their hash
     ``allow_pickle``        ``False``      load artifacts that are pickles, which can run code
     ``allow_code``          ``False``      load formats that hold a program of their own: SavedModel, Keras
     ``factories``           ``()``         callables that may build networks for registered weights: ``"nets:make"``
@@ -78,9 +82,12 @@ class ModelOptions(BaseModel):
     start_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     hang_limit_s: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     cache_ttl_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    cache_key: Literal["merged", "request"] = "merged"
     features: Features | tuple[Features, ...] | None = None
     reload: Literal["overlap", "replace"] = "overlap"
     keep_previous: bool = True
+    log_sample_rate: float = Field(default=0.1, ge=0, le=1)
+    log_inputs: bool = True
     allow_pickle: bool = False
     allow_code: bool = False
     factories: tuple[_DottedPath, ...] = ()
@@ -146,7 +153,17 @@ class Settings(BaseSettings):
     download_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     poll_s: float = Field(default=1.0, gt=0)
     trusted_keys: tuple[str, ...] = ()
+    log: str | Literal[False] | None = None
+    log_key: SecretStr | None = None
+    metrics: bool = True
+    metrics_dir: Path | None = None
     models: dict[str, ModelOptions] | None = None
+
+    @field_validator("log", mode="before")
+    @classmethod
+    def _off(cls, log: Any) -> Any:
+        """Take a variable's ``false`` for what it means: an environment has only texts."""
+        return False if isinstance(log, str) and log.strip().lower() in {"false", "off", "no", "0"} else log
 
     @classmethod
     def load(cls, path: str | Path | None = None, **overrides: Any) -> Settings:

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
+
+from modelserve.signature import Signature
+from modelserve.types import Json, ModelVersion, Row
 
 _log = logging.getLogger("modelserve")
 
 
 class Served(NamedTuple):
-    """One call was answered: ``rows`` results, ``cached`` of them from the cache, or an error."""
+    """One call was answered: ``rows`` results, or an error.
+
+    ``inputs`` are the validated rows, features among them, none when the request did not fit; ``values`` are the
+    answers, none when it failed. Both are the request's own: to be read, not changed. ``cached`` says of each row
+    whether it was answered without running the model, ``degraded`` which of its features have their default (either
+    empty: none of any). ``meta`` and ``signature`` are those of the version. ``shadow`` says that nobody waited for it.
+    """
 
     model_name: str
     version: str
@@ -24,7 +33,13 @@ class Served(NamedTuple):
     rows: int
     latency_ms: float
     error: Exception | None
-    cached: int = 0
+    inputs: Sequence[Row] = ()
+    values: Sequence[Json] = ()
+    cached: Sequence[bool] = ()
+    degraded: Sequence[tuple[str, ...]] = ()
+    meta: ModelVersion | None = None
+    signature: Signature | None = None
+    shadow: bool = False
 
 
 class FeaturesRead(NamedTuple):
@@ -125,24 +140,27 @@ class Observers:
 
     def __init__(self) -> None:
         self._observers: dict[object, Observer] = {}
+        self._told: tuple[Observer, ...] = ()
         self.failures = 0
 
     def __bool__(self) -> bool:
-        return bool(self._observers)
+        return bool(self._told)
 
     def subscribe(self, observer: Observer) -> Callable[[], None]:
         """Add an observer; return what removes it again."""
         token = object()
         self._observers[token] = observer
+        self._told = tuple(self._observers.values())
 
         def unsubscribe() -> None:
             self._observers.pop(token, None)
+            self._told = tuple(self._observers.values())
 
         return unsubscribe
 
     def emit(self, event: Event) -> None:
         """Tell every observer; count the ones that raise."""
-        for observer in list(self._observers.values()):  # a copy: an observer may end its own subscription
+        for observer in self._told:  # a tuple of its own: an observer may end its subscription meanwhile
             try:
                 observer(event)
             except Exception:  # noqa: BLE001  # an observer is the host's code; the request is not its business

@@ -25,7 +25,7 @@ from modelserve.execution.pool import Pool, PoolOptions
 from modelserve.execution.process import ProcessReplica, WorkerSpec
 from modelserve.execution.seat import Infer
 from modelserve.execution.thread import ThreadReplica
-from modelserve.features.plan import FeaturePlan, plan_of
+from modelserve.features.plan import FeaturePlan, Pending, plan_of
 from modelserve.memory import Memory, needed
 from modelserve.ports import Model, Replica, TrustedKey
 from modelserve.signature import Signature
@@ -61,6 +61,7 @@ class LoadedVersion:
         "options",
         "plan",
         "pool",
+        "request_key",
         "signature",
         "timeout_s",
     )
@@ -83,7 +84,9 @@ class LoadedVersion:
         self.pool = pool
         self.timeout_s = options.timeout_ms / 1000
         self.cache_ttl_s = options.cache_ttl_s
-        self._digest = input_digest(meta, signature)
+        self._digest = input_digest(meta, signature.canonical)
+        self.request_key = None if plan is None or options.cache_key == "merged" else _request_key(meta, plan)
+        """Returns the key of what is answered to a request whatever its features are; None where these count."""
         self._held = held  # what has to stay on the disk
         self._leases = 0
         self._drained: asyncio.Event | None = None
@@ -149,6 +152,11 @@ class LoadedVersion:
         await before._gone.wait()
         self._before = None
         self.pool.release()
+
+
+def _request_key(meta: ModelVersion, plan: FeaturePlan) -> Callable[[Pending], str]:
+    digest = input_digest(meta, plan.canonical)
+    return lambda pending: f"{meta.model_name}:request:{digest(pending).hex()}"
 
 
 class Loader:
@@ -274,7 +282,7 @@ def _pool_for(
     return Pool(
         partial(make_replica, meta, options, signature, path),
         pool_options,
-        fingerprint=input_digest(meta, signature),
+        fingerprint=input_digest(meta, signature.canonical),
         model_name=meta.model_name,
         version=meta.version,
         tell=tell,

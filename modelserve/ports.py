@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from modelserve.errors import BackendUnavailable
-from modelserve.types import SAFE, Columns, FrameworkName, Json, Row, Runtime
+from modelserve.types import SAFE, Columns, FrameworkName, Json, LogRecord, Row, Runtime
 
 
 class Model(Protocol):
@@ -286,6 +286,30 @@ class Cache(Protocol):
 
     async def close(self) -> None:
         """Close the connections. Safe to call twice; later use opens new ones."""
+        ...
+
+
+class LogStore(Protocol):
+    """Where the inference log is written. Called from one thread, which may wait."""
+
+    @property
+    def shown_url(self) -> str:
+        """Where it is, without secrets."""
+        ...
+
+    def may_write(self) -> bool:
+        """Whether this account may add records at all. Raises ``BackendUnavailable`` when nobody can tell now."""
+        ...
+
+    def append(self, records: Sequence[LogRecord]) -> None:
+        """Add records, all or none of them; those whose ids are there already change nothing.
+
+        Raises ``BackendUnavailable`` for what may pass, and another error for records that it cannot hold.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the connections. Later use opens new ones."""
         ...
 
 

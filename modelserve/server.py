@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final, Self, TypeAlias, TypeVar
+from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
 from modelserve import plugins, signing
 from modelserve.artifacts import DOWNLOAD_LIMIT_S, DiskCache, default_cache_folder
@@ -26,10 +26,12 @@ from modelserve.ids import uuid7_source
 from modelserve.keeper import ModelStatus
 from modelserve.live import Live
 from modelserve.loading import LoadedVersion, Loader
+from modelserve.monitor.metrics import Counted
+from modelserve.monitor.watch import Watch
 from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
 from modelserve.registry import Registry
 from modelserve.snapshots import Snapshots
-from modelserve.types import Json, ModelVersion, Prediction
+from modelserve.types import Json, LogStatus, ModelVersion, Prediction, Row
 
 T = TypeVar("T")
 _LOADS_AT_ONCE: Final = 4
@@ -53,6 +55,10 @@ class AsyncModelServer:
     ``trusted_keys`` (Ed25519 public keys: PEM texts or the paths of files), a version that none of them signed is
     refused.
 
+    A sample of the answers is written to ``log``: a database's URL, by default the registry's own if this account may
+    add to it; False for none. ``log_key`` makes the hashes of inputs in it keyed ones. ``metrics`` counts for
+    ``GET /metrics``; host processes that share a ``metrics_dir`` answer with the sum of all.
+
     Use it as ``async with AsyncModelServer(registry) as server``. All of it belongs to the loop that started it.
     """
 
@@ -69,6 +75,10 @@ class AsyncModelServer:
         poll_s: float = 1.0,
         trusted_keys: Sequence[str | Path | TrustedKey] = (),
         features: str | FeatureStore | None = None,
+        log: str | Literal[False] | None = None,
+        log_key: str | None = None,
+        metrics: bool = True,
+        metrics_dir: str | Path | None = None,
     ) -> None:
         self.registry = registry
         self._kept = plugins.cache(cache) if isinstance(cache, str) else cache
@@ -87,6 +97,15 @@ class AsyncModelServer:
         self._snapshots = Snapshots(self._cache_dir, registry.shown_url)
         self._observers = Observers()
         self._enricher = enricher_of(features, self._models or {}, self._observers)
+        self._watch = Watch(
+            self._observers,
+            self._models,
+            log=None if log is False else registry.inference_log(log),
+            log_is_default=log is None,
+            log_key=log_key,
+            metrics=metrics,
+            metrics_dir=metrics_dir,
+        )
         self._live: Live | None = None
         self._executors: tuple[Executor, ...] = ()
         self._opening: asyncio.Task[None] | None = None
@@ -159,40 +178,49 @@ class AsyncModelServer:
         arrived = perf_counter()
         request_id = request_id or self.new_request_id()
         with live[model_name].choose(version) as target:
+            rows: Sequence[Row] = ()
+            degraded, known = _NONE, None
             try:
                 deadline = self._now() + (target.timeout_s if timeout_ms is None else timeout_ms / 1000)
+                cache = self._predictions if target.cache_ttl_s else None
                 if (plan := target.plan) is None or self._enricher is None:
-                    rows, degraded = _validated(target, target.signature.validate, instances, where), _NONE
+                    rows = _validated(target, target.signature.validate, instances, where)
                 else:
                     pending = _validated(target, plan.validate, instances, where)
-                    rows, degraded = await self._enricher.enrich(plan, pending, where, deadline)
-                if target.cache_ttl_s and self._predictions is not None and not any(degraded):
-                    results, cached = await self._predictions.answer(target, rows, deadline)
+                    if cache is not None and target.request_key is not None:
+                        known = await cache.look(target, list(map(target.request_key, pending)), deadline)
+                    if known is None or not known.complete:
+                        rows, degraded = await self._enricher.enrich(plan, pending, where, deadline)
+                if cache is not None and not any(degraded):
+                    results, cached = await cache.answer(target, rows, deadline, known)
                 else:
                     results, cached = await target.pool.submit(rows, deadline), ()
                 values = _values(results)
             except Exception as error:
-                self._served(target, request_id, len(instances), arrived, error)
+                self._served(target, request_id, len(instances), arrived, rows, degraded, error=error)
                 raise
-            latency_ms = self._served(target, request_id, len(instances), arrived, None, cached)
+            latency_ms = self._served(target, request_id, len(instances), arrived, rows, degraded, values, cached)
         return values, target.meta.version, latency_ms, request_id, cached, degraded
 
     def _served(  # noqa: PLR0917  # by position, as above
         self,
         target: LoadedVersion,
         request_id: str,
-        rows: int,
+        count: int,
         arrived: float,
-        error: Exception | None = None,
+        rows: Sequence[Row],
+        degraded: Sequence[tuple[str, ...]],
+        values: Sequence[Json] = (),
         cached: Sequence[bool] = (),
+        error: Exception | None = None,
     ) -> float:
         """Tell the observers; return the request's latency in milliseconds."""
         latency_ms = int((perf_counter() - arrived) * 1_000_000) / 1000  # uvloop's time() ticks in milliseconds
         if self._observers:
             meta = target.meta
-            self._observers.emit(
-                Served(meta.model_name, meta.version, request_id, rows, latency_ms, error, sum(cached))
-            )
+            who = (meta.model_name, meta.version, request_id, count, latency_ms, error)
+            what = (rows, values, cached, degraded, meta, target.signature)
+            self._observers.emit(Served(*who, *what))
         return latency_ms
 
     # -- looking at it -------------------------------------------------------------------------------------
@@ -210,6 +238,21 @@ class AsyncModelServer:
     def loaded(self, model_name: str) -> LoadedVersion:
         """Return the version that answers a model's requests now. Raises ``ModelNotFound``, ``NotReady``."""
         return self._live_now()[model_name].production
+
+    @property
+    def log_status(self) -> LogStatus | None:
+        """What became of the rows that this process sampled for the inference log; None while there is no log."""
+        return self._watch.log_status
+
+    @property
+    def counts(self) -> bool:
+        """Whether there are metrics."""
+        return self._watch.counts
+
+    async def metrics(self) -> bytes | None:
+        """Return the metrics in Prometheus' text format; None when they are off."""
+        self._live_now()
+        return await self._watch.figures()
 
     async def versions(self, model_name: str) -> list[ModelVersion]:
         """Return the registered versions of a model, newest first, without blocking the loop."""
@@ -253,6 +296,7 @@ class AsyncModelServer:
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load")
         self._executors = (self._sql, self._loads)
         try:
+            await self._watch.start(self.status, self._counted, self._sql)
             self._predictions = PredictionCache.over(self._kept)
             if any(options.cache_ttl_s for options in (self._models or {}).values()):
                 await self._predictions.open()
@@ -288,12 +332,14 @@ class AsyncModelServer:
         if self._cache is not None:
             self._cache.close()  # or the interpreter, when it exits, waits for a download that nobody wants
         if live is not None:
+            self._watch.close(live.status())
             await live.stop()
-        predictions, self._predictions = self._predictions, None
-        if predictions is not None:
-            await predictions.close()
+        if self._predictions is not None:
+            await self._predictions.close()
         if self._enricher is not None:
             await self._enricher.close()
+        await self._watch.stop()
+        self._predictions = self._cache = None
         if live is not None and self._own_hints is not None:
             # The threads for SQL may all be waiting for a database that stands still.
             closing = ThreadPoolExecutor(1, thread_name_prefix="modelserve-close")
@@ -303,6 +349,14 @@ class AsyncModelServer:
             executor.shutdown(wait=False)
         if self._own_kept is not None:
             await self._own_kept.close()
+
+    def _counted(self) -> Counted:
+        """Return what the cache of predictions and that of artifacts have counted."""
+        return Counted(
+            cache_rows={} if self._predictions is None else self._predictions.counts,
+            cache_failures={} if self._predictions is None else self._predictions.failures,
+            downloads={} if self._cache is None else self._cache.downloads,
+        )
 
     async def __aenter__(self) -> Self:
         try:
@@ -351,6 +405,10 @@ def from_settings(settings: Settings) -> dict[str, Any]:
         "poll_s": settings.poll_s,
         "trusted_keys": settings.trusted_keys,
         "features": settings.features,
+        "log": settings.log,
+        "log_key": None if settings.log_key is None else settings.log_key.get_secret_value(),
+        "metrics": settings.metrics,
+        "metrics_dir": settings.metrics_dir,
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from modelserve.artifacts import DOWNLOAD_LIMIT_S
 from modelserve.config import ModelOptions, Settings
@@ -20,7 +20,7 @@ from modelserve.keeper import ModelStatus
 from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
 from modelserve.registry import Registry
 from modelserve.server import AsyncModelServer, from_settings
-from modelserve.types import Prediction
+from modelserve.types import LogStatus, Prediction
 
 T = TypeVar("T")
 
@@ -45,6 +45,10 @@ class ModelServer:
         poll_s: float = 1.0,
         trusted_keys: Sequence[str | Path | TrustedKey] = (),
         features: str | FeatureStore | None = None,
+        log: str | Literal[False] | None = None,
+        log_key: str | None = None,
+        metrics: bool = True,
+        metrics_dir: str | Path | None = None,
     ) -> None:
         self.core = AsyncModelServer(
             registry,
@@ -57,6 +61,10 @@ class ModelServer:
             poll_s=poll_s,
             trusted_keys=trusted_keys,
             features=features,
+            log=log,
+            log_key=log_key,
+            metrics=metrics,
+            metrics_dir=metrics_dir,
         )
         self._gate = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -104,6 +112,15 @@ class ModelServer:
     def ready(self) -> bool:
         """Whether there is at least one model to serve, and every one is loaded with its pool alive."""
         return self.core.ready
+
+    @property
+    def log_status(self) -> LogStatus | None:
+        """What became of the rows that this process sampled for the inference log; None while there is no log."""
+        return self.core.log_status
+
+    def metrics(self) -> bytes | None:
+        """Return the metrics in Prometheus' text format; None when they are off."""
+        return self.call(self.core.metrics())
 
     @property
     def started(self) -> bool:

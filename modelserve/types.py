@@ -197,6 +197,48 @@ class Prediction(NamedTuple):
     degraded: tuple[str, ...] = ()
 
 
+class LogRecord(NamedTuple):
+    """One row of the inference log: one answer, or one failure. Its fields are the columns of the table, in order.
+
+    ``id`` is a UUID of version 7. ``row_index`` is the place of the row in its request. ``input_hash`` is SHA-256 or,
+    with a key, HMAC-SHA-256 in lower-case hex, and None for a request that did not fit the signature. ``inputs`` and
+    ``prediction`` are JSON texts; None where they are not kept. ``degraded`` is a JSON list of the features that have
+    their default; None when there are none. ``latency_ms`` is that of the whole request, in milliseconds, and
+    ``occurred_at`` the moment of the answer, aware.
+    """
+
+    id: str
+    request_id: str
+    row_index: int
+    model_name: str
+    version: str
+    input_hash: str | None
+    inputs: str | None
+    prediction: str | None
+    error: str | None
+    latency_ms: float
+    cached: bool
+    degraded: str | None
+    shadow: bool
+    occurred_at: dt.datetime
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LogStatus:
+    """What became of the rows that this process sampled for the inference log.
+
+    Each was ``written``, ``dropped`` (there was no room while the database did not take any, or no time at the end) or
+    ``refused`` (the database cannot hold it), or is ``waiting``. ``problem`` says why nothing is written now.
+    """
+
+    sampled: int
+    written: int
+    dropped: int
+    refused: int
+    waiting: int
+    problem: str | None
+
+
 def row_count(columns: Columns) -> int:
     """Return the number of rows in a batch; 0 when it has no columns."""
     return next((len(column) for column in columns.values()), 0)

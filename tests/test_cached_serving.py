@@ -9,20 +9,23 @@ import json
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 import pytest
 import redis as redis_py
+from sklearn.preprocessing import FunctionTransformer
 
 import modelserve as ms
 from modelserve import plugins
 from modelserve.adapters.cache.redis import RedisCache
 from modelserve.caching import MemoryCache
 from modelserve.caching.shared import Shared
-from modelserve.events import Served
+from modelserve.errors import InvalidInput
+from modelserve.events import FeaturesRead, Served
 from modelserve.ports import CacheItem
 from modelserve.testing.models import tells, telltale
 from tests import servers
@@ -96,7 +99,7 @@ async def test_without_a_time_to_live_nothing_is_kept(registry: ms.Registry, tmp
 
 
 async def test_of_several_rows_only_the_unknown_run(registry: ms.Registry, tmp_path: Path) -> None:
-    """Each row says whether it was known; observers are told how many were."""
+    """Each row says whether it was known; observers are told the same."""
     served: list[Any] = []
     async with serve(registry, tmp_path) as server:
         server.observe(served.append)
@@ -104,7 +107,10 @@ async def test_of_several_rows_only_the_unknown_run(registry: ms.Registry, tmp_p
         many = await server.predict_many("m", [{"x": [x]} for x in (3.0, 1.0, 2.0, 4.0)])
         assert [tells(answer.prediction, x) for answer, x in zip(many, (3, 1, 2, 4), strict=True)] == [1] * 4
         assert [answer.cached for answer in many] == [False, True, True, False]
-    assert [event.cached for event in served if isinstance(event, Served)] == [0, 2]
+    assert [list(event.cached) for event in served if isinstance(event, Served)] == [
+        [False] * 2,
+        [False, True, True, False],
+    ]
 
 
 async def test_over_http_a_request_is_cached_if_all_of_it_was(registry: ms.Registry, tmp_path: Path) -> None:
@@ -416,3 +422,119 @@ async def test_what_is_kept_is_json_for_anybody(
         document = json.loads(client.get(name))
         assert document == {"modelserve": 1, "key": name.decode().removeprefix(kept._space), "value": answer.prediction}
         assert 0 < client.pttl(name) <= 60_000
+
+
+# -- with features -----------------------------------------------------------------------------------------
+
+
+Serve: TypeAlias = Callable[..., ms.AsyncModelServer]
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> ms.FeatureWriter:
+    """A feature store in memory with the score 5 of user 1."""
+    writer = ms.FeatureWriter("memory://")
+    writer.put("user_id", 1, {"score": 5.0})
+    return writer
+
+
+@pytest.fixture
+def serving_scores(tmp_path: Path, scores: ms.FeatureWriter) -> Serve:
+    """What makes a server whose model adds the score of a user to what a request gives."""
+    frame = pd.DataFrame({"x": [1.0, 2.0], "score": [10.0, 20.0]})
+    registry = ms.Registry(f"sqlite:///{tmp_path}/models.db")
+    adder = FunctionTransformer(np.sum, kw_args={"axis": 1})
+    registry.register("sum", "1", adder, example=frame, method="transform", trusted=["numpy.sum"])
+    registry.promote("sum", "1")
+
+    def serve(cache_key: str, **declared: Any) -> ms.AsyncModelServer:
+        features = ms.Features("user_id", ["score"], **{"defaults": {"score": 0.0}} | declared)
+        models = {"sum": ms.ModelOptions(cache_ttl_s=60, cache_key=cache_key, features=features, log_sample_rate=1.0)}  # type: ignore[arg-type]
+        return ms.AsyncModelServer(registry, models, cache_dir=tmp_path / "cache", poll_s=3600, features=scores.store)
+
+    return serve
+
+
+def told(*answers: ms.Prediction) -> list[tuple[Any, bool]]:
+    return [(each.prediction, each.cached) for each in answers]
+
+
+async def test_by_request_the_features_of_a_hit_are_not_read(serving_scores: Serve, scores: ms.FeatureWriter) -> None:
+    """The answer to a request that was asked before comes from the cache whatever its features are by now."""
+    read: list[Any] = []
+    async with serving_scores("request") as server:
+        server.observe(lambda event: read.append(event) if isinstance(event, FeaturesRead) else None)
+        first = await server.predict("sum", {"x": 1.0, "user_id": 1})
+        scores.put("user_id", 1, {"score": 50.0})
+        again = await server.predict("sum", {"user_id": "1", "x": 1})
+        other = await server.predict("sum", {"x": 2.0, "user_id": 1})
+    assert told(first, again, other) == [
+        (6.0, False),
+        (6.0, True),
+        (52.0, False),
+    ]
+    assert len(read) == 2
+
+
+async def test_merged_the_features_of_now_count(serving_scores: Serve, scores: ms.FeatureWriter) -> None:
+    """By default the same request with another feature is another input, and with the same features it is known."""
+    async with serving_scores("merged") as server:
+        first = await server.predict("sum", {"x": 1.0, "user_id": 1})
+        again = await server.predict("sum", {"x": 1.0, "user_id": 1})
+        scores.put("user_id", 1, {"score": 50.0})
+        changed = await server.predict("sum", {"x": 1.0, "user_id": 1})
+    assert told(first, again, changed) == [
+        (6.0, False),
+        (6.0, True),
+        (51.0, False),
+    ]
+
+
+async def test_by_request_some_rows_of_several_are_known(serving_scores: Serve, scores: ms.FeatureWriter) -> None:
+    """Of several rows those that were asked before keep their answer, the others run; errors name the right row."""
+    async with serving_scores("request", defaults={}) as server:
+        await server.predict("sum", {"x": 1.0, "user_id": 1})
+        scores.put("user_id", 1, {"score": 50.0})
+        rows = [{"x": x, "user_id": 1} for x in (2.0, 1.0)]
+        many = await server.predict_many("sum", rows)
+        assert told(*many) == [(52.0, False), (6.0, True)]
+        with pytest.raises(InvalidInput, match=r"instances\[1\]\.user_id"):
+            await server.predict_many("sum", [rows[1], {"x": 1.0, "user_id": 2}])
+
+
+async def test_by_request_no_degraded_answer_is_kept(serving_scores: Serve, scores: ms.FeatureWriter) -> None:
+    """An answer with a default in it is not given again: the next request reads what has come meanwhile."""
+    async with serving_scores("request") as server:
+        first = await server.predict("sum", {"x": 1.0, "user_id": 2})
+        scores.put("user_id", 2, {"score": 3.0})
+        second = await server.predict("sum", {"x": 1.0, "user_id": 2})
+    assert (first.prediction, first.degraded) == (1.0, ("score",))
+    assert (second.prediction, second.degraded, second.cached) == (4.0, (), False)
+
+
+async def test_by_request_what_a_request_gives_itself_counts(
+    serving_scores: Serve,
+) -> None:
+    """A request that overrides a feature is not the one that does not, nor one that gives another value."""
+    async with serving_scores("request", overridable=True) as server:
+        requests = [{"x": 1.0, "user_id": 1} | given for given in ({}, {"score": 7}, {"score": 8.0}, {"score": 7.0})]
+        answers = [await server.predict("sum", each) for each in requests]
+    assert told(*answers) == [
+        (6.0, False),
+        (8.0, False),
+        (9.0, False),
+        (8.0, True),
+    ]
+
+
+async def test_by_request_a_hit_is_logged_without_inputs(serving_scores: Serve, tmp_path: Path) -> None:
+    """The log keeps the answer and that it was known; what the features were then is not known any more."""
+    async with serving_scores("request") as server:
+        for _ in range(2):
+            await server.predict("sum", {"x": 1.0, "user_id": 1})
+    with ms.Registry(f"sqlite:///{tmp_path}/models.db") as registry, registry.inference_log() as log:
+        (batch,) = log.read("sum")
+    assert batch["prediction"] == [6.0, 6.0]
+    assert batch["cached"].tolist() == [False, True]
+    assert batch["inputs"] == [{"x": 1.0, "score": 5.0}, None]
+    assert [value is None for value in batch["input_hash"]] == [False, True]

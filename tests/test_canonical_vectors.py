@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from modelserve.signature import Field, Signature
 from modelserve.signature.digest import input_digest
-from modelserve.types import Artifact, ModelVersion
+from tests.versions import version_of
 
 VECTORS = Path(__file__).parents[1] / "docs" / "reference" / "canonical_input_vectors.json"
 CASES: list[dict[str, Any]] = json.loads(VECTORS.read_text(encoding="utf-8"))["vectors"]
@@ -89,25 +88,6 @@ def digest_by_the_layout(model_name: str, version: str, sha256: str, canonical: 
     ).digest()
 
 
-def version_of(model_name: str = "churn", version: str = "1.4.2", sha256: str = "5f" * 32) -> ModelVersion:
-    """Make a registry's version, of which only these three matter."""
-    return ModelVersion(
-        id=1,
-        model_name=model_name,
-        version=version,
-        framework="sklearn",
-        artifact=Artifact(key="", sha256=sha256, size=1, format="skops"),
-        signature={},
-        load_options={},
-        example=None,
-        conversion=None,
-        metrics={},
-        tags={},
-        status="staging",
-        created_at=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
-    )
-
-
 # -- the vectors -------------------------------------------------------------------------------------------
 
 
@@ -177,7 +157,7 @@ def test_nan_and_null_are_one_missing_value() -> None:
 def test_the_digest_is_the_documented_one(case: dict[str, Any]) -> None:
     """Whoever follows the documented layout arrives at the digest that keys cached predictions."""
     signature = Signature.from_json(case["signature"])
-    digest = input_digest(version_of(), signature)(signature.validate(case["inputs"]))
+    digest = input_digest(version_of(), signature.canonical)(signature.validate(case["inputs"]))
     assert digest == digest_by_the_layout("churn", "1.4.2", "5f" * 32, bytes.fromhex(case["canonical"]))
 
 
@@ -191,7 +171,7 @@ def test_no_two_versions_share_a_digest() -> None:
         version_of(sha256="60" * 32),
         version_of(model_name="churn1", version=".4.2"),
     ]
-    digests = {input_digest(each, signature)((x,)) for each in versions for x in (0.0, 1.0)}
+    digests = {input_digest(each, signature.canonical)((x,)) for each in versions for x in (0.0, 1.0)}
     assert len(digests) == 10
 
 

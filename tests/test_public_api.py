@@ -61,10 +61,11 @@ SIGNATURES = {
     "FeatureWriter.load": "self table group key time",
     "FeatureWriter.get": "self group key names",
     "AsyncModelServer": "registry models cache_dir cache_bytes download_limit_s cache changes poll_s trusted_keys "
-    "features",
+    "features log log_key metrics metrics_dir",
     "AsyncModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "AsyncModelServer.predict_many": "self model_name instances version timeout_ms request_id",
-    "ModelServer": "registry models cache_dir cache_bytes download_limit_s cache changes poll_s trusted_keys features",
+    "ModelServer": "registry models cache_dir cache_bytes download_limit_s cache changes poll_s trusted_keys features "
+    "log log_key metrics metrics_dir",
     "ModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "import_model": "registry source uri source_url name version example method trusted allow_pickle signing_key "
     "actor reason",

@@ -26,7 +26,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Final, NamedTuple, Self
@@ -130,6 +130,11 @@ class DiskCache:
         self._evict()
         return lease
 
+    @property
+    def downloads(self) -> Mapping[str, int]:
+        """How many downloads of this process were ``ok``, ``corrupt`` or ``failed``."""
+        return self._of_this_process().downloads
+
     def close(self) -> None:
         """End the downloads that run, in whichever thread, with ``BackendUnavailable``; leases stay. No more begin."""
         self._of_this_process().closing.set()
@@ -179,7 +184,7 @@ class DiskCache:
 
     def _receive(self, task: _Task, key: str, limit: int, get_on: Callable[[], None]) -> None:
         wanted = blob.digest_in(key)
-        with files.draft(self._temp) as draft:
+        with self._of_this_process().counting(), files.draft(self._temp) as draft:
             with contextlib.closing(task.store.read(key, task.effort)) as pieces:
                 found, _ = files.copy(_watched(limit, pieces, key, get_on), draft)
             if found != wanted:
@@ -455,6 +460,7 @@ class _Process:
         self.pid = os.getpid()
         self.verified: dict[str, tuple[int, int]] = {}
         self.closing = threading.Event()
+        self.downloads: Counter[str] = Counter()
         self._leases: Counter[str] = Counter()
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
@@ -475,6 +481,20 @@ class _Process:
             if not held.closed:
                 self._leases[key] -= 1
                 held.close()
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count a download by how it ends."""
+        result = "failed"
+        try:
+            yield
+            result = "ok"
+        except ArtifactCorrupt:
+            result = "corrupt"
+            raise
+        finally:
+            with self._guard:
+                self.downloads[result] += 1
 
     @contextlib.contextmanager
     def unless_used(self, key: str) -> Iterator[bool]:

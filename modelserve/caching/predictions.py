@@ -10,7 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Final, Self, TypeAlias
+from typing import Final, NamedTuple, Self, TypeAlias
 
 import orjson
 
@@ -29,6 +29,18 @@ Result: TypeAlias = Json | Exception
 _MISSING: Final = object()
 
 
+class Known(NamedTuple):
+    """What was found under each key."""
+
+    keys: Sequence[str]
+    results: list[Result]
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is an answer under every key."""
+        return _MISSING not in self.results
+
+
 class PredictionCache:
     """Answers rows from ``tiers``, and runs what is not there, once, however many ask for it at the same time.
 
@@ -39,8 +51,8 @@ class PredictionCache:
         self._loop = asyncio.get_running_loop()
         self._tiers = tiers
         self._flights: Flights[Result] = Flights()
-        self.counts: Counter[str] = Counter()
-        """Rows by how they were answered: ``local``, ``shared``, ``joined`` (an execution that ran), ``miss``."""
+        self.counts: Counter[tuple[str, str]] = Counter()
+        """Rows by model and how they were answered: ``local``, ``shared``, ``joined`` (what ran already), ``miss``."""
 
     @classmethod
     def over(cls, cache: Cache | None) -> Self:
@@ -48,6 +60,11 @@ class PredictionCache:
         if cache is None or isinstance(cache, MemoryCache):
             return cls(Tiers(MemoryCache() if cache is None else cache))
         return cls(Tiers(MemoryCache(), Shared(cache)))
+
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """How many keys of the shared cache could not be read, and how many values not be written."""
+        return self._tiers.failures
 
     async def open(self) -> None:
         """Connect to the shared cache, if there is one and it answers soon."""
@@ -57,38 +74,44 @@ class PredictionCache:
         """Finish what is on its way to the shared cache, within a second."""
         await self._tiers.close()
 
+    async def look(self, target: LoadedVersion, keys: Sequence[str], deadline: float) -> Known:
+        """Return what is kept under each key, as far as that can be had by ``deadline``."""
+        known = Known(keys, [_MISSING] * len(keys))
+        self._look(target, known)
+        if self._tiers.has_more and not known.complete:
+            await self._fetch(target, known, deadline)
+            self._look(target, known)  # while that was read, another request may have computed it
+        return known
+
     async def answer(
-        self, target: LoadedVersion, rows: Sequence[Row], deadline: float
+        self, target: LoadedVersion, rows: Sequence[Row], deadline: float, known: Known | None = None
     ) -> tuple[Sequence[Result], Sequence[bool]]:
         """Return one value or exception for each row, and whether it was in the cache.
 
-        Raises ``DeadlineExceeded`` when that takes longer than ``deadline``, and what submitting to the version's
-        pool raises.
+        What the rows are kept under is told by ``known``, if they were looked for already; else it is what they are as
+        inputs of the version. Raises ``DeadlineExceeded`` when it takes longer than ``deadline``, and what submitting
+        to the version's pool raises.
         """
-        keys = [target.cache_key(row) for row in rows]
-        results = [_MISSING] * len(rows)
-        self._look(keys, results)
-        if self._tiers.has_more and _MISSING in results:
-            await self._fetch(target, keys, results, deadline)
-            self._look(keys, results)  # while that was read, another request may have computed it
-        cached = [each is not _MISSING for each in results]
-        if not all(cached):
-            await self._run(target, rows, keys, results, deadline)
-        return results, cached
+        if known is None:
+            known = await self.look(target, [target.cache_key(row) for row in rows], deadline)
+        cached = [each is not _MISSING for each in known.results]
+        if not known.complete:
+            await self._run(target, rows, known.keys, known.results, deadline)
+        return known.results, cached
 
-    def _look(self, keys: Sequence[str], results: list[Result]) -> None:
-        for i, key in enumerate(keys):
-            if results[i] is _MISSING and (payload := self._tiers.get(key)) is not None:
-                results[i] = orjson.loads(payload)
-                self.counts["local"] += 1
+    def _look(self, target: LoadedVersion, known: Known) -> None:
+        for i, key in enumerate(known.keys):
+            if known.results[i] is _MISSING and (payload := self._tiers.get(key)) is not None:
+                known.results[i] = orjson.loads(payload)
+                self._count(target, "local")
 
-    async def _fetch(self, target: LoadedVersion, keys: Sequence[str], results: list[Result], deadline: float) -> None:
-        wanted = [i for i, each in enumerate(results) if each is _MISSING]
-        found = await self._tiers.fetch([keys[i] for i in wanted], target.cache_ttl_s, deadline)
+    async def _fetch(self, target: LoadedVersion, known: Known, deadline: float) -> None:
+        wanted = [i for i, each in enumerate(known.results) if each is _MISSING]
+        found = await self._tiers.fetch([known.keys[i] for i in wanted], target.cache_ttl_s, deadline)
         for i, kept in zip(wanted, found, strict=True):
             if kept is not None:
-                results[i] = kept.value
-                self.counts["shared"] += 1
+                known.results[i] = kept.value
+                self._count(target, "shared")
 
     async def _run(
         self, target: LoadedVersion, rows: Sequence[Row], keys: Sequence[str], results: list[Result], deadline: float
@@ -119,8 +142,8 @@ class PredictionCache:
             flight = self._begin(target, [rows[i] for i in fresh.values()], list(fresh), deadline)
             places = {key: place for place, key in enumerate(fresh)}
             seats |= {i: Seat(flight, places[keys[i]], own=fresh[keys[i]] == i) for i in wanted if i not in seats}
-        self.counts["miss"] += len(fresh)
-        self.counts["joined"] += len(seats) - len(fresh)
+        self._count(target, "miss", len(fresh))
+        self._count(target, "joined", len(seats) - len(fresh))
         return seats
 
     def _begin(
@@ -132,6 +155,9 @@ class PredictionCache:
         flight = self._flights.begin(running, keys, last)
         running.add_done_callback(partial(self._landed, flight, target.cache_ttl_s))
         return flight
+
+    def _count(self, target: LoadedVersion, how: str, rows: int = 1) -> None:
+        self.counts[target.meta.model_name, how] += rows
 
     async def _land(self, seats: Iterable[Seat[Result]], deadline: float) -> bool:
         """Wait for the flights of these seats; return whether they all landed before the deadline."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from modelserve.caching.envelope import Kept, opened, sealed
@@ -46,6 +46,11 @@ class Tiers:
     def has_more(self) -> bool:
         """Whether what is not in this process may be elsewhere."""
         return self._shared is not None
+
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """How many keys of the shared cache could not be read, and how many values not be written."""
+        return {} if self._shared is None else {"read": self._shared.unread, "write": self._shared.unwritten}
 
     async def fetch(self, keys: Sequence[str], ttl_s: float, deadline: float = math.inf) -> Sequence[Kept | None]:
         """Return what the shared cache has under each key by ``deadline``, and keep a copy of it here."""

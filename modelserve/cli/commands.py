@@ -12,6 +12,7 @@ import typer
 import modelserve
 from modelserve.cli.caching import cache
 from modelserve.cli.features import features
+from modelserve.cli.logs import log
 from modelserve.cli.predictions import predictions
 from modelserve.cli.printing import AsJson, encode, moment, pairs, printable, show, told
 from modelserve.cli.reading import metrics_of, read_table, rows_of, tags_of
@@ -29,6 +30,7 @@ database = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look a
 app.add_typer(database, name="db")
 app.add_typer(cache, name="cache")
 app.add_typer(features, name="features")
+app.add_typer(log, name="log")
 app.add_typer(predictions, name="predictions")
 imports = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Take models over from other registries.")
 app.add_typer(imports, name="import")
@@ -350,6 +352,8 @@ def predict(
             download_limit_s=settings.download_limit_s,
             trusted_keys=settings.trusted_keys,
             features=settings.features,
+            log=False,
+            metrics=False,
         ) as server:
             typer.echo(encode(_answer(server, name, rows)))
 

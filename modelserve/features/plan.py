@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -121,6 +122,12 @@ class FeaturePlan:
             given = self._given(inputs)
         values = () if self._own is None else self._own.validate(own)
         return Pending(values, tuple(self._wanted(source, inputs, given) for source in self._sources), given)
+
+    def canonical(self, pending: Pending) -> bytes:
+        """Return bytes that are equal for equal requests: what they give themselves, and the rows that they name."""
+        own = b"" if self._own is None else self._own.canonical(pending.own)
+        given = {name: self._feature_of[name].alone.canonical((value,)).hex() for name, value in pending.given.items()}
+        return json.dumps([own.hex(), pending.wanted, given], sort_keys=True).encode()
 
     def _given(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         given = {}

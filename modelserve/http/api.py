@@ -12,6 +12,7 @@ from modelserve.http.messages import Request, Response
 from modelserve.http.openapi import openapi_document
 from modelserve.http.problems import HttpProblem, problem_response
 from modelserve.keeper import ModelStatus
+from modelserve.monitor.exposition import CONTENT_TYPE as METRICS_TYPE
 from modelserve.server import Answer, AsyncModelServer
 from modelserve.types import Json, ModelVersion, PoolStatus
 
@@ -32,6 +33,7 @@ class Api:
             "/health/live": ("GET", self._alive),
             "/health/ready": ("GET", self._ready),
             "/openapi.json": ("GET", self._openapi),
+            "/metrics": ("GET", self._metrics),
         }
 
     async def __call__(self, request: Request) -> Response:
@@ -125,6 +127,10 @@ class Api:
         if stale:
             body["stale"] = stale
         return _answer(body, 200 if ready else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        figures = await self._server.metrics()
+        return await _nothing_here(request) if figures is None else Response(200, figures, METRICS_TYPE)
 
     async def _openapi(self, request: Request) -> Response:
         return _answer(openapi_document(self._server, request.root))

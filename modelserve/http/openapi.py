@@ -34,6 +34,8 @@ def openapi_document(server: AsyncModelServer, root: str) -> Json:
         "/health/live": {"get": _get("Whether the process is alive", "live")},
         "/health/ready": {"get": _get("Whether every model is ready", "ready") | {"responses": _READY}},
     }
+    if server.counts:
+        paths["/metrics"] = {"get": _METRICS}
     for status in server.status():
         try:
             loaded = server.loaded(status.model_name)
@@ -174,6 +176,16 @@ _KEY: Final = {
 _READY: Final = {
     "200": _json_response("Every model is ready", {"type": "object"}),
     "503": _json_response("Some model is not ready", {"type": "object"}),
+}
+_METRICS: Final = {
+    "summary": "What is counted, for Prometheus",
+    "operationId": "metrics",
+    "responses": {
+        "200": {
+            "description": "Metrics in the text format of Prometheus",
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+        }
+    },
 }
 _PROBLEM: Final = {
     "type": "object",

@@ -30,6 +30,7 @@ from modelserve.ports import ChangeHints, ChangeListener, ChangePublisher, Signi
 from modelserve.registry.changes import Action, Change, create_deployment
 from modelserve.registry.database import Database
 from modelserve.registry.hints import Hints
+from modelserve.registry.log_table import LogTable
 from modelserve.registry.names import check_names, is_name
 from modelserve.registry.registration import prepare
 from modelserve.registry.rows import (
@@ -182,6 +183,13 @@ class Registry:
             problem = "SQLite tells nobody of changes; give redis://…, or nothing, and they are found by polling"
             raise ConfigError(f"changes='postgres' takes a registry in PostgreSQL; {problem}")
         return plugins.changes(url)
+
+    def inference_log(self, url: str | None = None) -> LogTable:
+        """Return the inference log: the one in this registry's database, or in another (SQLite or PostgreSQL).
+
+        It connects to nothing yet. Raises ``ConfigError`` for a URL that cannot be read.
+        """
+        return LogTable(self._database, shared=True) if url is None else LogTable(Database(url))
 
     def _publisher(self, changes: str | ChangePublisher | None) -> ChangePublisher | None:
         if not isinstance(changes, str):

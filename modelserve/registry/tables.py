@@ -41,6 +41,7 @@ class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
 
 
 _BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # only INTEGER PRIMARY KEY counts up on SQLite
+_Uuid = sa.String(36).with_variant(postgresql.UUID(as_uuid=False), "postgresql")
 _Json = sa.JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql")
 
 
@@ -116,4 +117,24 @@ deployment_event = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("occurred_at", UtcDateTime, nullable=False),
     sa.Index("uq_deployment_event_generation", "model_name", "generation", unique=True),
+)
+
+inference_log = sa.Table(
+    "inference_log",
+    metadata,
+    sa.Column("id", _Uuid, primary_key=True),
+    sa.Column("request_id", sa.Text, nullable=False),
+    sa.Column("row_index", sa.Integer, nullable=False),
+    sa.Column("model_name", sa.String(128), nullable=False),
+    sa.Column("version", sa.String(128), nullable=False),
+    sa.Column("input_hash", sa.String(64)),
+    sa.Column("inputs", _Json),
+    sa.Column("prediction", _Json),
+    sa.Column("error", sa.Text),
+    sa.Column("latency_ms", sa.Double, nullable=False),
+    sa.Column("cached", sa.Boolean, nullable=False),
+    sa.Column("degraded", _Json),
+    sa.Column("shadow", sa.Boolean, nullable=False),
+    sa.Column("occurred_at", UtcDateTime, nullable=False),
+    sa.Index("ix_inference_log_model_name_occurred_at", "model_name", "occurred_at", "id"),
 )

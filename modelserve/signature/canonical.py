@@ -127,9 +127,8 @@ def _tensor_encoder(field: Field) -> Callable[[Any], bytes]:
 
     def encode(value: Any) -> bytes:
         array = np.asarray(value + zero, dtype=little_endian)
-        missing = np.isnan(array)
-        if missing.any():
-            array[missing] = nan
+        if math.isnan(np.vdot(array, array)):  # squares and their sum are NaN if one of the numbers is
+            array[np.isnan(array)] = nan
         return array.tobytes()
 
     return encode

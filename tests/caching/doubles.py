@@ -12,6 +12,7 @@ from modelserve.execution.batcher import Batcher
 from modelserve.loading import LoadedVersion
 from modelserve.ports import CacheItem
 from modelserve.types import Json, Row
+from tests.versions import version_of
 
 
 class Target:
@@ -20,7 +21,7 @@ class Target:
     def __init__(self, *, ttl_s: float = 60.0, timeout_s: float = 1.0, name: str = "m") -> None:
         self.cache_ttl_s = ttl_s
         self.timeout_s = timeout_s
-        self.name = name
+        self.meta = version_of(name)
         self.runs: list[Row] = []
         """Every row that was run."""
         self.gate = asyncio.Event()
@@ -31,7 +32,7 @@ class Target:
         self.pool.add(self._run)
 
     def cache_key(self, row: Row) -> str:
-        return f"{self.name}:{row[0]}"
+        return f"{self.meta.model_name}:{row[0]}"
 
     @property
     def loaded(self) -> LoadedVersion:

@@ -40,7 +40,7 @@ def test_the_second_time_it_is_known() -> None:
         assert await ask(cache, target, 1) == ([[1]], [False])
         assert await ask(cache, target, 1) == ([[1]], [True])
         assert target.runs == [(1,)]
-        assert +cache.counts == {"miss": 1, "local": 1}
+        assert +cache.counts == {("m", "miss"): 1, ("m", "local"): 1}
 
     run(work)
 
@@ -279,7 +279,7 @@ def test_another_process_computed_it_meanwhile() -> None:
         assert await ask(there, other, 7) == ([[7]], [True])
         assert other.runs == []
         assert len(far.reads) == 2
-        assert +there.counts == {"shared": 1, "local": 1}
+        assert +there.counts == {("m", "shared"): 1, ("m", "local"): 1}
         await asyncio.gather(here.close(), there.close())
 
     run(work)

@@ -154,7 +154,10 @@ def api(server: ms.ModelServer) -> Any:
 
 
 PREDICTIONS = [("POST", f"/predict/{name}") for name in ("churn", "trees", "tiles", "c++_1.0-b")]
-OTHERS = [("GET", path) for path in ("/models", "/models/churn", "/models/c++_1.0-b", "/health/live", "/health/ready")]
+OTHERS = [
+    ("GET", path)
+    for path in ("/models", "/models/churn", "/models/c++_1.0-b", "/health/live", "/health/ready", "/metrics")
+]
 
 
 def check_cases(api: Any, method: str, path: str, mode: schemathesis.GenerationMode) -> set[int]:

@@ -1,4 +1,4 @@
-"""Model versions, deployments and their events."""
+"""Model versions, deployments and their events, the inference log."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ depends_on = None
 
 _BIG_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _JSON = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
+_UUID = sa.String(36).with_variant(postgresql.UUID(as_uuid=False), "postgresql")
 _MOMENT = sa.DateTime(timezone=True)
 _STATUS = sa.Enum("staging", "production", "archived", name="model_status", create_constraint=True)
 
 
 def upgrade() -> None:
-    """Create the three tables."""
+    """Create the four tables."""
     _create_model_version()
     _create_deployment()
     _create_deployment_event()
+    _create_inference_log()
 
 
 def downgrade() -> None:
     """Drop them again, with the type that PostgreSQL made for one of them."""
-    for table in ("deployment_event", "deployment", "model_version"):
+    for table in ("inference_log", "deployment_event", "deployment", "model_version"):
         op.drop_table(table)
     _STATUS.drop(op.get_bind(), checkfirst=True)
 
@@ -101,3 +103,25 @@ def _create_deployment_event() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_deployment_event"),
     )
     op.create_index("uq_deployment_event_generation", "deployment_event", ["model_name", "generation"], unique=True)
+
+
+def _create_inference_log() -> None:
+    op.create_table(
+        "inference_log",
+        sa.Column("id", _UUID, nullable=False),
+        sa.Column("request_id", sa.Text(), nullable=False),
+        sa.Column("row_index", sa.Integer(), nullable=False),
+        sa.Column("model_name", sa.String(128), nullable=False),
+        sa.Column("version", sa.String(128), nullable=False),
+        sa.Column("input_hash", sa.String(64)),
+        sa.Column("inputs", _JSON),
+        sa.Column("prediction", _JSON),
+        sa.Column("error", sa.Text()),
+        sa.Column("latency_ms", sa.Double(), nullable=False),
+        sa.Column("cached", sa.Boolean(), nullable=False),
+        sa.Column("degraded", _JSON),
+        sa.Column("shadow", sa.Boolean(), nullable=False),
+        sa.Column("occurred_at", _MOMENT, nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_inference_log"),
+    )
+    op.create_index("ix_inference_log_model_name_occurred_at", "inference_log", ["model_name", "occurred_at", "id"])

@@ -1,0 +1,54 @@
+"""The text format, and the sum of several processes."""
+
+from __future__ import annotations
+
+from modelserve.monitor.exposition import Family, Figures, histogram, merged, sample, text
+
+FAMILIES = (
+    Family("hits_total", "counter", "Hits."),
+    Family("seconds", "histogram", "Times."),
+    Family("ready", "gauge", "Readiness.", min),
+    Family("silent_total", "counter", "Never counted."),
+)
+ONE, TWO = 'model="m",version="1"', 'model="m",version="2"'
+
+
+def test_samples_are_written_under_their_families() -> None:
+    """Families have their lines of help and type, in order; buckets are cumulative, and labels are escaped."""
+    labels = {"model": 'a"b\\c\nd'}
+    samples = {sample("ready", {}): 1.0, sample("hits_total", labels): 3.0}
+    samples |= histogram("seconds", {}, (0.5, 1.0), [2, 0, 1], 4.25)
+    assert text(samples, FAMILIES) == (
+        "# HELP hits_total Hits.\n"
+        "# TYPE hits_total counter\n"
+        'hits_total{model="a\\"b\\\\c\\nd"} 3\n'
+        "# HELP seconds Times.\n"
+        "# TYPE seconds histogram\n"
+        'seconds_bucket{le="0.5"} 2\n'
+        'seconds_bucket{le="1"} 2\n'
+        'seconds_bucket{le="+Inf"} 3\n'
+        "seconds_sum 4.25\n"
+        "seconds_count 3\n"
+        "# HELP ready Readiness.\n"
+        "# TYPE ready gauge\n"
+        "ready 1\n"
+    )
+
+
+def test_processes_are_merged() -> None:
+    """Counts add up, of ended processes too; how things stand is merged by its own rule, of living ones alone."""
+    alive = [
+        Figures({ONE: {"hits_total{" + ONE + "}": 2.0}, "": {"seconds_count": 1.0}}, {"ready": 1.0}),
+        Figures({ONE: {"hits_total{" + ONE + "}": 3.0}}, {"ready": 0.0}),
+    ]
+    ended = [
+        Figures(
+            {
+                ONE: {"hits_total{" + ONE + "}": 10.0},
+                TWO: {"hits_total{" + TWO + "}": 99.0},
+                "": {"seconds_count": 5.0},
+            },
+            {"ready": 0.5},
+        )
+    ]
+    assert merged(alive, ended, FAMILIES) == {"hits_total{" + ONE + "}": 15.0, "seconds_count": 6.0, "ready": 0.0}
