@@ -15,8 +15,8 @@ from modelserve.config import ModelOptions
 from modelserve.errors import ConfigError, DeadlineExceeded, InvalidInput, Overloaded, in_words
 from modelserve.events import FeaturesRead, Observers
 from modelserve.execution.batcher import Batcher
-from modelserve.features.plan import Completed, FeaturePlan, Pending, Unread
-from modelserve.ports import FeatureKey, FeatureRow, FeatureStore
+from modelserve.features.plan import Completed, FeaturePlan, Pending, Unread, groups_of
+from modelserve.ports import FeatureKey, FeatureRow, FeatureStore, OpenedAhead
 from modelserve.types import Row
 
 _Found: TypeAlias = FeatureRow | Unread | None
@@ -28,6 +28,7 @@ _GRID_S: Final = 0.001
 _PAUSE_S: Final = 1.0
 _HANG_S: Final = 5.0  # a store that breaks its promise to end by itself; ours give up after a second
 _WARM_UP_S: Final = 2.0
+_OPENING_S: Final = 30.0  # Feast alone takes five to be imported
 _NOBODYS_ROW: Final = FeatureKey("modelserve", "nobody", ("nothing",))
 _NOBODY: Final[Sequence[tuple[str, ...]]] = ()
 _log = logging.getLogger("modelserve")
@@ -48,10 +49,12 @@ class Enricher:
         observers: Observers,
         *,
         own: bool,
+        groups: Sequence[tuple[str, tuple[str, ...]]] = (),
         now: Callable[[], float] = time.time,
     ) -> None:
         self.name = name
         self._store = store
+        self._groups = groups
         self._own = own
         self._observers = observers
         self._now = now
@@ -63,7 +66,8 @@ class Enricher:
     async def start(self) -> None:
         """Belong to the loop that runs now, and open the connections, so that no request waits for one.
 
-        A store that does not answer keeps no server from starting.
+        A store that does not answer keeps no server from starting; one that says that it can never have what is
+        declared does, with ``ConfigError``.
         """
         self._loop = asyncio.get_running_loop()
         self._breaker = Breaker(5, first_pause_s=_PAUSE_S, last_pause_s=_PAUSE_S)
@@ -71,10 +75,19 @@ class Enricher:
         for _ in range(READS_AT_ONCE):
             self._batcher.add(self._read_batch)
         try:
-            async with asyncio.timeout(_WARM_UP_S):
-                await asyncio.gather(*(self._store.read([_NOBODYS_ROW], _WARM_UP_S) for _ in range(READS_AT_ONCE)))
+            await self._warm_up()
+        except ConfigError:
+            raise
         except Exception as error:  # noqa: BLE001  # a store can be anybody's code; requests will see how it is
             _log.warning("the feature store %s does not answer yet: %s", self.name, in_words(error))
+
+    async def _warm_up(self) -> None:
+        if isinstance(self._store, OpenedAhead):
+            async with asyncio.timeout(_OPENING_S):
+                await self._store.open(self._groups)
+            return
+        async with asyncio.timeout(_WARM_UP_S):
+            await asyncio.gather(*(self._store.read([_NOBODYS_ROW], _WARM_UP_S) for _ in range(READS_AT_ONCE)))
 
     async def close(self) -> None:
         """Wait a moment for what is under way, and close the store if it was given as a URL."""
@@ -187,6 +200,7 @@ def enricher_of(
         if needy is not None:
             raise ConfigError(f"models.{needy}.features: there is no feature store; give features=")
         return None
+    groups = [each for options in models.values() for each in groups_of(options.declared_features)]
     if isinstance(store, str):
-        return Enricher(plugins.features(store), store.partition("://")[0], observers, own=True)
-    return Enricher(store, type(store).__name__, observers, own=False)
+        return Enricher(plugins.features(store), store.partition("://")[0], observers, own=True, groups=groups)
+    return Enricher(store, type(store).__name__, observers, own=False, groups=groups)

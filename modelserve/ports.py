@@ -405,6 +405,19 @@ class FeatureStore(Protocol):
         ...
 
 
+@runtime_checkable
+class OpenedAhead(Protocol):
+    """What a :class:`FeatureStore` may have besides: opening that takes seconds, and knowing which features exist."""
+
+    async def open(self, wanted: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+        """Get ready to read these features of these groups. A server waits for it when it starts.
+
+        Raises ``ConfigError`` for what can never be read, which keeps the server from starting, and
+        ``BackendUnavailable``, which does not.
+        """
+        ...
+
+
 class Interrupted(Exception):
     """A transfer broke off, or did not begin, for a reason that may pass; the message is that reason in a few words."""
 

@@ -504,6 +504,56 @@ async def test_a_server_reads_from_an_object_and_leaves_it_open(registry: ms.Reg
     assert not store.closed
 
 
+class Opening(Scripted):
+    """A store that opens ahead, as ``way`` has it."""
+
+    def __init__(self, way: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        super().__init__()
+        self.way = way
+        self.opened: list[Any] = []
+
+    async def open(self, wanted: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+        self.opened.append(list(wanted))
+        await self.way()
+
+
+async def test_a_server_waits_until_its_store_is_open(registry: ms.Registry, tmp_path: Path) -> None:
+    """A store that takes seconds to open is told what will be read, and no request comes before it is open."""
+    store = Opening(lambda: asyncio.sleep(0.2))
+    began = time.monotonic()
+    async with serving(registry, tmp_path, store) as server:
+        assert time.monotonic() - began >= 0.2
+        assert (await server.predict("sum", REQUEST)).prediction == 4.0
+    assert store.opened == [[("user_id", ("spend",)), ("item_id", ("price",))]]
+
+
+async def test_a_store_that_does_not_open_keeps_no_server_from_starting(
+    registry: ms.Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is only said; whether it can be read the requests will see."""
+
+    async def fail() -> None:
+        raise BackendUnavailable("Test", "no connection")
+
+    async with serving(registry, tmp_path, Opening(fail)) as server:
+        assert (await server.predict("sum", REQUEST)).prediction == 4.0
+    assert "the feature store Opening does not answer yet" in caplog.text
+
+
+async def test_a_store_that_can_never_have_a_feature_keeps_the_server_from_starting(
+    registry: ms.Registry, tmp_path: Path
+) -> None:
+    """A mistake in what is declared is found when the server starts, and not by its requests."""
+
+    async def refuse() -> None:
+        raise ConfigError("features: there is no 'spent'")
+
+    server = serving(registry, tmp_path, Opening(refuse))
+    with pytest.raises(ConfigError, match="there is no 'spent'"):
+        await server.start()
+    await server.close()
+
+
 async def test_without_a_store_a_model_that_needs_one_is_refused(registry: ms.Registry, tmp_path: Path) -> None:
     """The error says which model and what to give."""
     with pytest.raises(ConfigError, match=r"models\.sum\.features.*features="):

@@ -247,6 +247,11 @@ def plan_of(model_name: str, signature: Signature, declared: Sequence[Features])
     return FeaturePlan(model_name, signature, declared) if declared else None
 
 
+def groups_of(declared: Sequence[Features]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return what requests read: the features of each group, named as in the keys of a plan."""
+    return [(source.group, source.names) for source in _sources_of(declared)]
+
+
 def _sources_of(declared: Sequence[Features]) -> tuple[_Source, ...]:
     """Return the rows that a request needs: declarations of one entity and group share theirs."""
     names: dict[tuple[str, str], list[str]] = {}
