@@ -46,6 +46,7 @@ CACHES: Final = {
 }
 FEATURES: Final = {
     "dynamodb": "modelserve.adapters.features.dynamodb:DynamoDbFeatures",
+    "feast": "modelserve.adapters.features.feast:FeastFeatures",
     "memory": "modelserve.adapters.features.memory:MemoryFeatures",
     "redis": "modelserve.adapters.features.redis:RedisFeatures",
     "rediss": "modelserve.adapters.features.redis:RedisFeatures",
@@ -86,6 +87,7 @@ _EXTRAS: Final = {
     "botocore": "aws",
     "cloudpickle": "mlflow",
     "cryptography": "signing",
+    "feast": "feast",
     "google": "onnx",
     "joblib": "sklearn",
     "keras": "tensorflow",

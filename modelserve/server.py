@@ -51,9 +51,9 @@ class AsyncModelServer:
     registry is polled every ``poll_s`` seconds; ``changes`` tells of changes by other processes sooner: ``"postgres"``
     (the registry's own database) or ``"redis://…"``. Answers of models with a ``cache_ttl_s`` are kept in this process,
     and also in ``cache``: ``"redis://…"``, or an object that is a :class:`modelserve.ports.Cache`. ``features`` is the
-    store that the models' features are read from: ``"redis://…"``, ``"dynamodb://table"``, or an object. With
-    ``trusted_keys`` (Ed25519 public keys: PEM texts or the paths of files), a version that none of them signed is
-    refused.
+    store that the models' features are read from: ``"redis://…"``, ``"dynamodb://table"``,
+    ``"feast:///path"``, or an object. With ``trusted_keys`` (Ed25519 public keys: PEM texts or the paths of files), a
+    version that none of them signed is refused.
 
     A sample of the answers is written to ``log``: a database's URL, by default the registry's own if this account may
     add to it; False for none. ``log_key`` makes the hashes of inputs in it keyed ones. ``metrics`` counts for

@@ -283,6 +283,9 @@ async def test_the_threads_are_few_and_end(table: str) -> None:
         "dynamodb://table?colour=red",
         "dynamodb://table/secret?region=a",
         "dynamodb://table?region=us-east-1&endpoint=secret",
+        "feast://",
+        "feast://secret/repository",
+        "feast:///repository?password=secret",
         "memory://name",
     ],
 )
@@ -295,7 +298,8 @@ def test_a_url_that_cannot_be_read_is_a_config_error(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "driver", "extra"), [("redis://host", "redis", "redis"), ("dynamodb://t", "boto3", "aws")]
+    ("url", "driver", "extra"),
+    [("redis://host", "redis", "redis"), ("dynamodb://t", "boto3", "aws"), ("feast:///repository", "feast", "feast")],
 )
 def test_a_missing_driver_answers_with_its_install_line(
     url: str, driver: str, extra: str, monkeypatch: pytest.MonkeyPatch
