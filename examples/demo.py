@@ -1,4 +1,7 @@
-"""The main job, end to end: train, register, serve, replace under load. ``KEEP=1`` leaves the server running."""
+"""The main job, end to end: train, register, serve, replace under load; then with features and a cache.
+
+``KEEP=1`` leaves the server running.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import modelserve as ms
-from examples import flights
+from examples import enriched, flights
 from examples.load import Outcome, send_all
 
 REQUESTS: Final = 20_000
@@ -48,6 +52,7 @@ def main() -> int:
         _show_one(port, requests[0])
         outcome = _send_and_promote_half_way(registry, port, requests)
         _report(outcome)
+        enriched.show(registry, folder, max(requests, key=itemgetter("precip")), _console)
         _stay_if_asked(port, requests[0])
     return 0 if not outcome.failures else 1
 
