@@ -217,10 +217,11 @@ class AsyncModelServer:
         """Tell the observers; return the request's latency in milliseconds."""
         latency_ms = int((perf_counter() - arrived) * 1_000_000) / 1000  # uvloop's time() ticks in milliseconds
         if self._observers:
-            meta = target.meta
-            who = (meta.model_name, meta.version, request_id, count, latency_ms, error)
-            what = (rows, values, cached, degraded, meta, target.signature)
-            self._observers.emit(Served(*who, *what))
+            meta, signature = target.meta, target.signature
+            who = meta.model_name, meta.version, request_id
+            self._observers.emit(
+                Served(*who, count, latency_ms, error, rows, values, cached, degraded, meta, signature)
+            )
         return latency_ms
 
     # -- looking at it -------------------------------------------------------------------------------------
