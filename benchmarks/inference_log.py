@@ -93,7 +93,7 @@ def _writing(
 
     def bare_rate() -> float:
         now = dt.datetime.now(dt.UTC)
-        return bare([record for event in events for record in maker(event, now)])
+        return bare([record for event in events for record in maker(event, None, now)])
 
     found = alternate({"bare": bare_rate, "log": lambda: _log_rate(url, events)}, rounds)
     medians = {side: median(rates) for side, rates in found.items()}

@@ -144,7 +144,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="MODELSERVE_", env_nested_delimiter="__")
 
     registry: str = Field(default="sqlite:///models.db", repr=False)  # it may hold a password, as that of changes may
-    artifacts: str | None = None
+    artifacts: str | None = Field(default=None, repr=False)
     cache_dir: Path | None = None
     cache_bytes: int | None = Field(default=None, ge=1)
     cache: str | None = Field(default=None, repr=False)
@@ -153,7 +153,7 @@ class Settings(BaseSettings):
     download_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     poll_s: float = Field(default=1.0, gt=0)
     trusted_keys: tuple[str, ...] = ()
-    log: str | Literal[False] | None = None
+    log: str | Literal[False] | None = Field(default=None, repr=False)
     log_key: SecretStr | None = None
     metrics: bool = True
     metrics_dir: Path | None = None

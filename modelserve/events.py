@@ -19,7 +19,7 @@ _log = logging.getLogger("modelserve")
 
 
 class Served(NamedTuple):
-    """One call was answered: ``rows`` results, or an error.
+    """One call was answered: ``rows`` results, or an error; ``CancelledError`` where the caller gave up.
 
     ``inputs`` are the validated rows, features among them, none when the request did not fit; ``values`` are the
     answers, none when it failed. Both are the request's own: to be read, not changed. ``cached`` says of each row
@@ -32,7 +32,7 @@ class Served(NamedTuple):
     request_id: str
     rows: int
     latency_ms: float
-    error: Exception | None
+    error: BaseException | None
     inputs: Sequence[Row] = ()
     values: Sequence[Json] = ()
     cached: Sequence[bool] = ()

@@ -7,9 +7,11 @@ runs the very same object on one private event-loop thread. There is no second i
 from __future__ import annotations
 
 import asyncio
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
@@ -20,7 +22,7 @@ from modelserve.asking import Askers, answered
 from modelserve.caching import PredictionCache
 from modelserve.config import ModelOptions, Settings
 from modelserve.enrich import enricher_of
-from modelserve.errors import ConfigError, InferenceFailed, InvalidInput, NotReady
+from modelserve.errors import ConfigError, InferenceFailed, InvalidInput, NotReady, in_words
 from modelserve.events import Observer, Observers, Served
 from modelserve.ids import uuid7_source
 from modelserve.keeper import ModelStatus
@@ -34,7 +36,11 @@ from modelserve.snapshots import Snapshots
 from modelserve.types import Json, LogStatus, ModelVersion, Prediction, Row
 
 T = TypeVar("T")
+_log = logging.getLogger("modelserve")
 _LOADS_AT_ONCE: Final = 4
+_LONGEST_ID: Final = 256
+_CLOSE_S: Final = 5.0
+"""How long somebody else's code may take to close."""
 _NONE: Final[Sequence[tuple[str, ...]]] = ()
 
 
@@ -176,7 +182,7 @@ class AsyncModelServer:
         """
         live = self._live_now()
         arrived = perf_counter()
-        request_id = request_id or self.new_request_id()
+        request_id = _checked_id(request_id) if request_id else self.new_request_id()
         with live[model_name].choose(version) as target:
             rows: Sequence[Row] = ()
             degraded, known = _NONE, None
@@ -196,7 +202,7 @@ class AsyncModelServer:
                 else:
                     results, cached = await target.pool.submit(rows, deadline), ()
                 values = _values(results)
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
                 self._served(target, request_id, len(instances), arrived, rows, degraded, error=error)
                 raise
             latency_ms = self._served(target, request_id, len(instances), arrived, rows, degraded, values, cached)
@@ -212,7 +218,7 @@ class AsyncModelServer:
         degraded: Sequence[tuple[str, ...]],
         values: Sequence[Json] = (),
         cached: Sequence[bool] = (),
-        error: Exception | None = None,
+        error: BaseException | None = None,
     ) -> float:
         """Tell the observers; return the request's latency in milliseconds."""
         latency_ms = int((perf_counter() - arrived) * 1_000_000) / 1000  # uvloop's time() ticks in milliseconds
@@ -329,27 +335,31 @@ class AsyncModelServer:
             self._opening = self._closing = None
 
     async def _release(self) -> None:
+        """Free everything, one after the other, whichever of it fails: an adapter can be anybody's code."""
         live, self._live = self._live, None
         if self._cache is not None:
             self._cache.close()  # or the interpreter, when it exits, waits for a download that nobody wants
         if live is not None:
             self._watch.close(live.status())
-            await live.stop()
+            await _ended(live.stop)
         if self._predictions is not None:
-            await self._predictions.close()
+            await _ended(self._predictions.close)
         if self._enricher is not None:
-            await self._enricher.close()
-        await self._watch.stop()
+            await _ended(self._enricher.close, _CLOSE_S)
+        await _ended(self._watch.stop)
         self._predictions = self._cache = None
         if live is not None and self._own_hints is not None:
-            # The threads for SQL may all be waiting for a database that stands still.
-            closing = ThreadPoolExecutor(1, thread_name_prefix="modelserve-close")
-            await self._loop.run_in_executor(closing, self._own_hints.close)
-            closing.shutdown(wait=False)
+            await _ended(partial(self._close_hints, self._own_hints))
         for executor in self._executors:
             executor.shutdown(wait=False)
         if self._own_kept is not None:
-            await self._own_kept.close()
+            await _ended(self._own_kept.close, _CLOSE_S)
+
+    async def _close_hints(self, hints: ChangeHints) -> None:
+        # The threads for SQL may all be waiting for a database that stands still.
+        closing = ThreadPoolExecutor(1, thread_name_prefix="modelserve-close")
+        await self._loop.run_in_executor(closing, hints.close)
+        closing.shutdown(wait=False)
 
     def _counted(self) -> Counted:
         """Return what the cache of predictions and that of artifacts have counted."""
@@ -391,6 +401,23 @@ class AsyncModelServer:
         return Loader(
             self.registry.artifacts, self._cache, self._loads, self._observers, trusted_keys=self._trusted_keys
         )
+
+
+def _checked_id(request_id: str) -> str:
+    if not isinstance(request_id, str) or len(request_id) > _LONGEST_ID or not request_id.isprintable():
+        raise InvalidInput("request_id", f"give a string of at most {_LONGEST_ID} printable characters")
+    return request_id
+
+
+async def _ended(step: Callable[[], Coroutine[Any, Any, None]], limit_s: float | None = None) -> None:
+    """Take one step of closing. One that fails, or takes longer than it may, is told and left behind."""
+    task = asyncio.ensure_future(step())
+    await asyncio.wait([task], timeout=limit_s)
+    if not task.done():
+        task.cancel()
+        _log.error("closing: %s did not end within %g s", step, limit_s)
+    elif not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("closing: %s", in_words(error), exc_info=error)
 
 
 def from_settings(settings: Settings) -> dict[str, Any]:

@@ -79,3 +79,11 @@ def test_a_time_must_be_given(invoke: Invoke) -> None:
     """Nothing is removed without saying how old it must be, in a unit."""
     assert invoke("prune").exit_code == 2
     assert invoke("prune", "--older-than", "30").exit_code == 2
+
+
+def test_a_time_before_all_times_is_refused(invoke: Invoke) -> None:
+    """What is longer than anybody keeps a log is a slip, and told as one."""
+    fill()
+    result = invoke("prune", "--older-than", "800000d")
+    assert result.exit_code == 2
+    assert "hundred years" in result.output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from modelserve.config import AUTO_BATCH_SIZE, ModelOptions, Settings
 from modelserve.errors import ConfigError
@@ -77,3 +77,13 @@ def test_options_have_bounds(options: dict[str, int]) -> None:
     """Options outside their range are refused where they are written."""
     with pytest.raises(ValidationError):
         ModelOptions(**options)  # type: ignore[arg-type]
+
+
+def test_no_secret_is_shown() -> None:
+    """Whatever URL or key a setting holds, printing the settings does not show its password."""
+    url = "postgresql://writer:s3cret@db/logs"
+    settings = Settings(
+        registry=url, artifacts=url, cache=url, changes=url, features=url, log=url, log_key=SecretStr("s3cret" * 3)
+    )
+    assert "s3cret" not in repr(settings)
+    assert "s3cret" not in str(settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from sklearn.preprocessing import FunctionTransformer
 
 import modelserve as ms
+from modelserve.adapters.features.memory import MemoryFeatures
 from modelserve.errors import ArtifactCorrupt, ArtifactUnsafe
 from modelserve.events import LoadRejected, Served, VersionLoaded
 from modelserve.testing.models import tells, telltale
@@ -408,3 +410,54 @@ async def test_a_server_is_built_from_one_file(tmp_path: Path, registry: ms.Regi
     async with ms.AsyncModelServer.from_config(config) as server:
         with pytest.raises(ms.InvalidInput, match="at most 3"):
             await server.predict_many("m", [{"x": [1.0]}] * 4)
+
+
+@pytest.mark.parametrize("request_id", ["a\0b", "a\nb", "x" * 257, uuid.uuid4()])
+async def test_an_id_that_no_log_could_hold_is_refused(server: ms.AsyncModelServer, request_id: Any) -> None:
+    """A request's id is a short string of printable characters; anything else is named."""
+    with pytest.raises(ms.InvalidInput, match="request_id"):
+        await server.predict("m", {"x": [1.0]}, request_id=request_id)
+    assert (await server.predict("m", {"x": [1.0]}, request_id="ü-1")).request_id == "ü-1"
+
+
+async def test_a_caller_who_gives_up_is_told_to_observers(server: ms.AsyncModelServer) -> None:
+    """A request that its host stops waiting for ends as cancelled, not as if it had never been."""
+    told: list[Any] = []
+    server.observe(told.append)
+    asking = asyncio.create_task(server.predict("m", {"x": [1.0]}))
+    await asyncio.sleep(0)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    (event,) = [each for each in told if isinstance(each, Served)]
+    assert isinstance(event.error, asyncio.CancelledError)
+
+
+@pytest.mark.promise("P3")
+@pytest.mark.parametrize("fault", ["fails", "hangs"])
+async def test_what_does_not_close_takes_nothing_else_along(
+    registry: ms.Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    """A feature store that fails to close, or never does, costs no record of the log; the server can start again."""
+
+    async def close(_: object) -> None:
+        if fault == "fails":
+            raise RuntimeError("cannot close")
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(MemoryFeatures, "close", close)
+    monkeypatch.setattr(ms.server, "_CLOSE_S", 0.05)
+    models = {"m": ms.ModelOptions(log_sample_rate=1.0)}
+    server = ms.AsyncModelServer(registry, models, cache_dir=tmp_path / "cache", poll_s=3600, features="memory://")
+    for _ in range(2):
+        await server.start()
+        for _ in range(10):
+            await server.predict("m", {"x": [1.0]})
+        await server.close()
+    assert ("cannot close" if fault == "fails" else "did not end within") in caplog.text
+    logged = await asyncio.to_thread(lambda: [len(batch["id"]) for batch in registry.inference_log().read("m")])
+    assert logged == [20]

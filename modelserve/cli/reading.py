@@ -64,15 +64,18 @@ def bytes_of(text: str, option: str) -> int:
     return int(float(found[1].replace("_", "")) * _UNITS[found[2].upper()])
 
 
+_LONGEST: Final = dt.timedelta(days=36_525)
+
+
 def duration_of(text: str, option: str) -> dt.timedelta:
     """Read a time: ``30d``, ``12h``, ``90m`` or ``45s``."""
     found = _TIME.fullmatch(text.strip())
     if found is None:
         raise typer.BadParameter(f"{text!r} is no time such as 30d, 12h, 90m or 45s", param_hint=option)
-    try:
-        return dt.timedelta(**{_TIMES[found[2]]: float(found[1])})
-    except OverflowError as error:
-        raise typer.BadParameter(f"{text!r} is too long", param_hint=option) from error
+    number, unit = float(found[1]), _TIMES[found[2]]
+    if (duration := dt.timedelta(**{unit: min(number, 1e8)})) > _LONGEST:
+        raise typer.BadParameter(f"{text!r} is more than a hundred years", param_hint=option)
+    return duration
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

@@ -53,7 +53,10 @@ Clock: TypeAlias = Callable[[], float]
 
 
 class _Kept(NamedTuple):
+    """An answer to record. Of an error there are only the words: the error itself would keep its request in memory."""
+
     served: Served
+    error: str | None
     maker: RecordMaker
     at: float
 
@@ -99,7 +102,8 @@ class InferenceLog:
         self._given_up = threading.Event()
         self._ended = threading.Event()
         self._tell_end: Callable[[], object] = lambda: None
-        self._off = False
+        self.off = False
+        """Whether it was turned off, for lack of the right to write where nobody asked it to."""
         self._may_write = False
         self._sampled = self._overflowed = self._written = self._refused = self._abandoned = 0
         self._told_refused = False
@@ -134,7 +138,7 @@ class InferenceLog:
             if not await _comes(ended, 2 * _STOPPING_PAUSE_S):
                 # In the middle of a call that does not return: what waits behind it is not the thread's any more.
                 self._abandon(self._buffer.take(MAX_ROWS, MAX_BYTES))
-        if self._abandoned and not self._off:
+        if self._abandoned and not self.off:
             _log.error("inference log: %d rows could not be written before the end", self._abandoned)
 
     # -- on the way of a request ---------------------------------------------------------------------------
@@ -150,7 +154,10 @@ class InferenceLog:
         rows = rows_of(event)
         self._sampled += rows
         maker = self._maker(event)
-        if not self._buffer.put(_Kept(event, maker, self._now()), rows, maker.size_of(event)):
+        error = None
+        if event.error is not None:
+            error, event = maker.told(event.error), event._replace(error=None)
+        if not self._buffer.put(_Kept(event, error, maker, self._now()), rows, maker.size_of(event, error)):
             self._overflow(rows)
         elif self._buffer.rows >= self._wake_rows and not self._wake.is_set():
             self._wake.set()
@@ -165,8 +172,10 @@ class InferenceLog:
 
     def _overflow(self, rows: int) -> None:
         if not self._overflowed:
-            told = "inference log: the buffer is full (%s); records are dropped and counted until it is not"
-            _log.error(told, self._problem or "the database is slower than the sample")
+            told = (
+                "inference log: %d rows had no room in the buffer (%s); records are dropped and counted until there is"
+            )
+            _log.error(told, rows, self._problem or "more is sampled than can be written")
         self._overflowed += rows
 
     # -- in the thread -------------------------------------------------------------------------------------
@@ -190,7 +199,7 @@ class InferenceLog:
         left = self._buffer.rows
         while left > 0 and (entries := self._buffer.take(_BATCH_ROWS, _BATCH_BYTES)):
             left -= sum(entry.rows for entry in entries)
-            if self._off:
+            if self.off:
                 self._abandon(entries)
                 continue
             records = self._records(entries)
@@ -227,7 +236,7 @@ class InferenceLog:
             return True
         if not self._optional:
             raise BackendUnavailable("inference log", f"this account may not add to it, at {self._store.shown_url}")
-        self._off = True
+        self.off = True
         told = (
             "inference log: off, since this account may not add to the table inference_log in %s; "
             'grant INSERT on it, name another database (log="sqlite:///log.db"), or turn it off (log=False)'
@@ -267,7 +276,7 @@ class InferenceLog:
 
     def _records_of(self, kept: _Kept) -> list[LogRecord]:
         try:
-            return kept.maker(kept.served, dt.datetime.fromtimestamp(kept.at, dt.UTC))
+            return kept.maker(kept.served, kept.error, dt.datetime.fromtimestamp(kept.at, dt.UTC))
         except Exception as error:  # noqa: BLE001  # a value that nobody foresaw must not end the thread
             self._tell_refused(error)
             self._refused += rows_of(kept.served)

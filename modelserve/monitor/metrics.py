@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from bisect import bisect_left
 from collections import Counter
@@ -213,13 +214,17 @@ class Metrics:
         return counts
 
 
-def outcome_of(error: Exception) -> str:
+def outcome_of(error: BaseException) -> str:
     """Return the kind of an error in lower case; ``error`` for one that is not the library's own.
+
+    ``cancelled`` is that of a caller who gave up.
 
     >>> from modelserve.errors import DeadlineExceeded
     >>> outcome_of(DeadlineExceeded(1.0))
     'deadline_exceeded'
     """
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
     return _WORDS.sub("_", type(error).__name__).lower() if isinstance(error, ModelServeError) else "error"
 
 

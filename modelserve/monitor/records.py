@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +20,9 @@ MAX_JSON: Final = 65_536
 """Most bytes of JSON that one row keeps of its inputs, and of its prediction. Larger ones are left out."""
 _MAX_MEMORY: Final = 8 * MAX_JSON  # no text of a row that takes more could be short enough
 _MAX_ERROR: Final = 500
+_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+_ZERO: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
+"""U+0000 as JSON writes it, and not a backslash before the letters u0000."""
 _OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 _SCALAR_BYTES: Final = 32
 _STRING_BYTES: Final = 56
@@ -44,19 +48,26 @@ class RecordMaker:
         """Whether this is still the version: another database may have another one of the same name."""
         return served.signature is self._signature
 
-    def size_of(self, served: Served) -> int:
-        """Return about how many bytes an answer holds in memory. A list counts as so many of its first element."""
-        size = _SCALAR_BYTES + len(served.inputs) * self._fixed + _size_of_value(served.values)
+    def size_of(self, served: Served, error: str | None) -> int:
+        """Return about how many bytes an answer holds in memory."""
+        size = _size_of_text(served.request_id) + len(served.inputs) * self._fixed + _size_of_value(served.values)
         for i in self._strings:
             size += sum(_size_of_text(row[i]) for row in served.inputs)
-        return size
+        return size if error is None else size + _size_of_text(error)
 
-    def __call__(self, served: Served, occurred_at: dt.datetime) -> list[LogRecord]:
+    def told(self, error: BaseException) -> str:
+        """Tell an error's kind; its words too, unless they could quote inputs that are not to be kept."""
+        kind = type(error).__name__
+        if not self._keeps_inputs or not isinstance(error, ModelServeError):
+            return kind
+        told = f"{kind}: {error}"[:_MAX_ERROR].replace("\0", _REPLACEMENT)
+        return told.encode(errors="replace").decode()
+
+    def __call__(self, served: Served, error: str | None, occurred_at: dt.datetime) -> list[LogRecord]:
         """Return a record for each row; one, without inputs, for a request that did not fit the signature.
 
         Rows that were answered before their features were read are without inputs as well.
         """
-        error = None if served.error is None else self._told(served.error)
         count = rows_of(served)
         rows: Iterable[Row | None] = served.inputs or (None,) * count
         values: Iterable[Json] = served.values or (None,) * count
@@ -71,7 +82,7 @@ class RecordMaker:
                 served.version,
                 None if row is None or self._digest is None else self._digest(row).hex(),
                 None if row is None else self._inputs(row),
-                None if error else json_text(value),
+                None if error else _prediction(value),
                 error,
                 served.latency_ms,
                 known,
@@ -89,27 +100,29 @@ class RecordMaker:
             return None
         return json_text(dict(zip(self._names, row, strict=True)))  # ten times faster than by Signature.record
 
-    def _told(self, error: Exception) -> str:
-        """Tell an error's kind; its words too, unless they could quote inputs that are not to be kept."""
-        kind = type(error).__name__
-        if not self._keeps_inputs or not isinstance(error, ModelServeError):
-            return kind
-        told = f"{kind}: {error}"[:_MAX_ERROR].replace("\0", "\N{REPLACEMENT CHARACTER}")  # PostgreSQL keeps no zero
-        return told.encode(errors="replace").decode()
-
 
 def rows_of(served: Served) -> int:
     """Return how many records there are of an answer."""
     return len(served.inputs) or len(served.values) or 1
 
 
+def _prediction(value: Json) -> str | None:
+    return json_text(value) if _size_of_value(value) <= _MAX_MEMORY else None
+
+
 def json_text(value: Json) -> str | None:
-    """Return a value as JSON, with NaN and infinity as null; None for what has no such form or is too large."""
+    """Return a value as JSON, with NaN and infinity as null; None for what has no such form or is too large.
+
+    Of the character U+0000, which PostgreSQL has no place for, there is the replacement character.
+    """
     try:
-        text = orjson.dumps(value, option=_OPTIONS, default=_as_list)
+        data = orjson.dumps(value, option=_OPTIONS, default=_as_list)
     except TypeError:
         return None
-    return None if len(text) > MAX_JSON else text.decode()
+    if len(data) > MAX_JSON:
+        return None
+    text = data.decode()
+    return _ZERO.sub(rf"\1{_REPLACEMENT}", text) if "\\u0000" in text else text
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -148,8 +161,10 @@ def _size_of_text(value: Any) -> int:
 def _size_of_value(value: Json) -> int:
     if isinstance(value, str):
         return _STRING_BYTES + len(value)
-    if isinstance(value, Sequence):
-        return _SCALAR_BYTES + len(value) * _size_of_value(value[0]) if value else _SCALAR_BYTES
     if isinstance(value, dict):
         return _SCALAR_BYTES + sum(map(_size_of_value, value.values()))
-    return _SCALAR_BYTES
+    if not isinstance(value, list | tuple) or not value:
+        return _SCALAR_BYTES
+    if isinstance(value[0], str | dict | list | tuple):
+        return _SCALAR_BYTES + sum(map(_size_of_value, value))
+    return _SCALAR_BYTES * (1 + len(value))  # numbers

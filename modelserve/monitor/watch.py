@@ -52,7 +52,7 @@ class Watch:
     @property
     def log_status(self) -> LogStatus | None:
         """What became of the rows that were sampled; None while there is no log."""
-        return None if self._log is None else self._log.status()
+        return None if self._log is None or self._log.off else self._log.status()
 
     async def figures(self) -> bytes | None:
         """Return the metrics in Prometheus' text format; None when they are off."""

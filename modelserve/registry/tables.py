@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from typing import Any, Final, get_args
 
 import sqlalchemy as sa
@@ -38,6 +39,23 @@ class UtcDateTime(sa.types.TypeDecorator[dt.datetime]):
         if value is None:
             return None
         return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
+
+
+class JsonText(sa.types.TypeDecorator[Any]):
+    """JSON that comes back as it was written: JSONB on PostgreSQL, text elsewhere.
+
+    SQLite's own kind of column for JSON makes a number of the text ``1.0``: an integer, or one of 64 bits of floating
+    point.
+    """
+
+    impl = sa.Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:  # noqa: D102  # as the base says
+        return dialect.type_descriptor(postgresql.JSONB() if dialect.name == "postgresql" else sa.Text())
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:  # noqa: D102  # as the base says
+        return json.loads(value) if dialect.name != "postgresql" and value is not None else value
 
 
 _BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # only INTEGER PRIMARY KEY counts up on SQLite
@@ -128,12 +146,12 @@ inference_log = sa.Table(
     sa.Column("model_name", sa.String(128), nullable=False),
     sa.Column("version", sa.String(128), nullable=False),
     sa.Column("input_hash", sa.String(64)),
-    sa.Column("inputs", _Json),
-    sa.Column("prediction", _Json),
+    sa.Column("inputs", JsonText),
+    sa.Column("prediction", JsonText),
     sa.Column("error", sa.Text),
     sa.Column("latency_ms", sa.Double, nullable=False),
     sa.Column("cached", sa.Boolean, nullable=False),
-    sa.Column("degraded", _Json),
+    sa.Column("degraded", JsonText),
     sa.Column("shadow", sa.Boolean, nullable=False),
     sa.Column("occurred_at", UtcDateTime, nullable=False),
     sa.Index("ix_inference_log_model_name_occurred_at", "model_name", "occurred_at", "id"),

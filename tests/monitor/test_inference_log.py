@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -133,6 +135,33 @@ def test_beyond_the_bound_records_are_dropped_and_counted(store: Store, open_log
         assert status.waiting <= 200
         assert adds_up(status)
     assert status.sampled == 1000
+
+
+@pytest.mark.promise("P3")
+def test_a_failure_that_waits_does_not_keep_its_request(store: Store, open_log: Open) -> None:
+    """Of an error its words wait, not the frames that it came through, with whatever a client sent in them."""
+    store.down.set()
+    log = open_log()
+    error = InvalidInput("x", "missing")
+    gone = weakref.ref(error)
+    log(served("r", inputs=(), values=(), error=error))
+    del error
+    gc.collect()
+    assert gone() is None
+    store.down.clear()
+    store.wait(lambda: len(store.records) == 1)
+    (record,) = store.records.values()
+    assert record.error == "InvalidInput: x: missing"
+
+
+def test_a_request_without_room_is_told_with_its_rows(
+    store: Store, open_log: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One request of more rows than may wait is dropped and counted, and the log says how many they were."""
+    log = open_log(max_rows=20)
+    log(served("r", rows=21))
+    assert log.status().dropped == 21
+    assert "21 rows had no room in the buffer (more is sampled than can be written)" in caplog.text
 
 
 @pytest.mark.promise("P3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import re
 
@@ -173,8 +174,13 @@ def test_every_sample_has_its_family() -> None:
 
 @pytest.mark.parametrize(
     ("error", "outcome"),
-    [(WorkerDied("x"), "worker_died"), (InferenceFailed("x"), "inference_failed"), (KeyError(), "error")],
+    [
+        (WorkerDied("x"), "worker_died"),
+        (InferenceFailed("x"), "inference_failed"),
+        (KeyError(), "error"),
+        (asyncio.CancelledError(), "cancelled"),
+    ],
 )
-def test_outcomes(error: Exception, outcome: str) -> None:
+def test_outcomes(error: BaseException, outcome: str) -> None:
     """An outcome is the kind of the error; foreign kinds, of which there is no end, are one."""
     assert outcome_of(error) == outcome

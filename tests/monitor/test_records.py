@@ -25,7 +25,7 @@ NOW = dt.datetime(2026, 11, 25, tzinfo=dt.UTC)
 
 def records_of(event: Served, *, keeps_inputs: bool = True, key: bytes | None = None) -> list[LogRecord]:
     maker = RecordMaker(event, keeps_inputs=keeps_inputs, key=key, new_id=uuid7_source())
-    return maker(event, NOW)
+    return maker(event, None if event.error is None else maker.told(event.error), NOW)
 
 
 def beginning(*parts: str) -> bytes:
@@ -122,7 +122,15 @@ def test_large_inputs_leave_their_hash() -> None:
     assert record.prediction is None
     assert len(record.input_hash or "") == 64
     maker = RecordMaker(event, keeps_inputs=True, key=None, new_id=uuid7_source())
-    assert maker.size_of(event) > 3 * 300 * 300 * 4 + 4 * 30_000 + 40_000 * 8
+    assert maker.size_of(event, None) > 3 * 300 * 300 * 4 + 4 * 30_000 + 40_000 * 8
+
+
+def test_ragged_predictions_count_in_full() -> None:
+    """Room is taken for all of an answer, whatever its first row is like."""
+    maker = RecordMaker(served(), keeps_inputs=True, key=None, new_id=uuid7_source())
+    boxes = [[], [[0.5] * 1000] * 10, {"text": "x" * 1000}]
+    assert maker.size_of(served(rows=3, values=boxes), None) > 10 * 1000 * 8 + 1000
+    assert maker.size_of(served(), "InvalidInput: " + "x" * 400) > maker.size_of(served(), None) + 400
 
 
 def test_texts_that_are_a_little_too_long_are_left_out() -> None:
@@ -140,6 +148,8 @@ def test_texts_that_are_a_little_too_long_are_left_out() -> None:
         (1 << 70, None),
         ("\ud800", None),
         ("ü", '"ü"'),
+        ("a\0b", '"a\N{REPLACEMENT CHARACTER}b"'),
+        ("\\u0000 \\\0", r'"\\u0000 \\' + '\N{REPLACEMENT CHARACTER}"'),
     ],
 )
 def test_predictions_as_json(value: object, text: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,27 @@ def test_what_is_written_is_read(table: LogTable) -> None:
     noon = np.datetime64("2026-11-25T12:00:00", "us")
     assert batch["occurred_at"].tolist() == [noon.item(), (noon + np.timedelta64(1_250_000, "us")).item()]
     assert set(batch) == set(LogRecord._fields)
+
+
+@pytest.mark.parametrize(
+    "text", ["1.0", "0.0", "9223372036854776833", '"abc"', '"1.0"', "null", "true", "[1.0, 2]", '{"a": 0.1}']
+)
+def test_json_comes_back_as_it_was_written(table: LogTable, text: str) -> None:
+    """A prediction keeps its type and all of its digits, on either database; an alone-standing null is a null."""
+    table.append([record(prediction=text, inputs=f'{{"x": {text}}}')])
+    (batch,) = table.read("m")
+    expected = json.loads(text)
+    assert batch["prediction"] == [expected]
+    assert type(batch["prediction"][0]) is type(expected)
+    assert batch["inputs"] == [{"x": expected}]
+
+
+def test_moments_are_the_same_in_any_time_zone(table: LogTable) -> None:
+    """A record is where its moment is, whichever zone it is told in."""
+    kolkata = dt.timezone(dt.timedelta(hours=5, minutes=30))
+    table.append([record(occurred_at=NOON.astimezone(kolkata))])
+    (batch,) = table.read("m", since=NOON, until=NOON + dt.timedelta(microseconds=1))
+    assert batch["occurred_at"].tolist() == [NOON.replace(tzinfo=None)]
 
 
 def test_records_that_are_there_already_change_nothing(table: LogTable) -> None:

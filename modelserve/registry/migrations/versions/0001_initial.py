@@ -13,6 +13,7 @@ depends_on = None
 
 _BIG_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _JSON = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
+_JSON_TEXT = sa.Text().with_variant(postgresql.JSONB(), "postgresql")
 _UUID = sa.String(36).with_variant(postgresql.UUID(as_uuid=False), "postgresql")
 _MOMENT = sa.DateTime(timezone=True)
 _STATUS = sa.Enum("staging", "production", "archived", name="model_status", create_constraint=True)
@@ -114,12 +115,12 @@ def _create_inference_log() -> None:
         sa.Column("model_name", sa.String(128), nullable=False),
         sa.Column("version", sa.String(128), nullable=False),
         sa.Column("input_hash", sa.String(64)),
-        sa.Column("inputs", _JSON),
-        sa.Column("prediction", _JSON),
+        sa.Column("inputs", _JSON_TEXT),
+        sa.Column("prediction", _JSON_TEXT),
         sa.Column("error", sa.Text()),
         sa.Column("latency_ms", sa.Double(), nullable=False),
         sa.Column("cached", sa.Boolean(), nullable=False),
-        sa.Column("degraded", _JSON),
+        sa.Column("degraded", _JSON_TEXT),
         sa.Column("shadow", sa.Boolean(), nullable=False),
         sa.Column("occurred_at", _MOMENT, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_inference_log"),
