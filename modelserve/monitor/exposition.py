@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+KEPT_S: Final = 86400.0
+"""How long the counts of a version are kept that no process has loaded: should it come back, they go on."""
 
 Samples: TypeAlias = dict[str, float]
 """Values by ``name{labels}``, as they are written."""
@@ -23,12 +25,13 @@ class Family(NamedTuple):
 class Figures(NamedTuple):
     """What one process counted.
 
-    ``counts`` are grouped by the version they belong to (``""``: to none), so that those of a version that nobody has
-    loaded any more can be left out; ``gauges`` are how things stand, and end with the process.
+    ``counts`` are those of the versions that it has loaded, by version, and under ``""`` what belongs to none;
+    ``unloaded`` those of versions that it had before. ``gauges`` are how things stand, and end with the process.
     """
 
     counts: dict[str, Samples]
     gauges: Samples
+    unloaded: dict[str, Samples] = {}  # noqa: RUF012  # nobody writes to it
 
 
 def sample(name: str, labels: Mapping[str, str], *, le: float | str | None = None) -> str:
@@ -57,23 +60,33 @@ def histogram(
     return found
 
 
+def loaded(alive: Iterable[Figures]) -> set[str]:
+    """Return the versions that living processes have loaded."""
+    return {version for figures in alive for version in figures.counts}
+
+
 def merged(alive: Sequence[Figures], ended: Sequence[Figures], families: Sequence[Family]) -> Samples:
     """Return the figures of all processes as those of one.
 
-    Counts of processes that have ended still count, or sums would go back. How things stood in them does not, nor do
-    their counts of versions that no living process has.
+    What was counted by processes that have ended, and of versions since they were unloaded, still counts, or sums would
+    go back: as long as any living process has the version. How things stood in those that have ended does not.
     """
+    found = [samples for each in alive for samples in (*each.counts.values(), each.gauges)]
+    here = {"", *loaded(alive)}
+    past = [each.unloaded for each in alive] + [counts for each in ended for counts in (each.counts, each.unloaded)]
+    found += [samples for counts in past for version, samples in counts.items() if version in here]
     values: dict[str, list[float]] = {}
-    for figures in alive:
-        for samples in (*figures.counts.values(), figures.gauges):
-            _add(values, samples)
-    served = {each for figures in alive for each in figures.counts}
-    for figures in ended:
-        for version, samples in figures.counts.items():
-            if version in served or not version:
-                _add(values, samples)
+    for samples in found:
+        for key, value in samples.items():
+            values.setdefault(key, []).append(value)
     merge = {family.name: family.merge for family in families}
-    return {key: merge.get(_name_of(key), sum)(found) for key, found in values.items()}
+    return {key: merge.get(_name_of(key), sum)(given) for key, given in values.items()}
+
+
+def add(total: Samples, samples: Samples) -> None:
+    """Add counts to others."""
+    for key, value in samples.items():
+        total[key] = total.get(key, 0.0) + value
 
 
 def text(samples: Samples, families: Sequence[Family]) -> str:
@@ -89,11 +102,6 @@ def text(samples: Samples, families: Sequence[Family]) -> str:
         if lines[family.name]
     ]
     return "".join(written)
-
-
-def _add(values: dict[str, list[float]], samples: Samples) -> None:
-    for key, value in samples.items():
-        values.setdefault(key, []).append(value)
 
 
 def _name_of(key: str) -> str:

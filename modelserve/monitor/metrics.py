@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Final, NamedTuple, Protocol
 
 from modelserve.errors import ModelServeError
-from modelserve.events import Event, FeaturesRead, LoadRejected, Served, VersionUnloaded, WorkerLost
-from modelserve.monitor.exposition import Family, Figures, Samples, histogram, sample, subject
+from modelserve.events import (
+    Event,
+    FeaturesRead,
+    LoadRejected,
+    Served,
+    VersionLoaded,
+    VersionUnloaded,
+    WorkerLost,
+)
+from modelserve.monitor.exposition import KEPT_S, Family, Figures, Samples, histogram, sample, subject
 from modelserve.types import LogStatus, PoolStatus
 
 FAMILIES: Final = (
@@ -106,19 +115,36 @@ class Counted(NamedTuple):
 
 
 class _Counts:
-    """The counts of one version."""
+    """The counts of one version. They stay for a while when it is unloaded (``unloaded_at``): it may come back."""
 
-    __slots__ = ("batches", "buckets", "degraded", "labels", "lost", "outcomes", "total_ms")
+    __slots__ = ("before", "buckets", "degraded", "labels", "lost", "outcomes", "sizes", "total_ms", "unloaded_at")
 
     def __init__(self, model_name: str, version: str) -> None:
         self.labels = {"model": model_name, "version": version}
+        self.unloaded_at: float | None = None
         self.outcomes: dict[str, int] = {"ok": 0}
         self.buckets = [0] * (len(_BOUNDS_MS) + 1)
         self.total_ms = 0.0
         self.lost = 0
         self.degraded = 0
-        self.batches: Samples = {}
-        """As its pool last told."""
+        self.sizes: Mapping[int, int] | None = None
+        """Batches by their rows, as its pool last told."""
+        self.before: Counter[int] = Counter()
+        """Those of pools that it had before."""
+
+    def served(self, event: Served) -> None:
+        outcome = "ok" if event.error is None else outcome_of(event.error)
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        self.buckets[bisect_left(_BOUNDS_MS, event.latency_ms)] += 1
+        self.total_ms += event.latency_ms
+        if event.degraded:
+            self.degraded += sum(map(bool, event.degraded))
+
+    def stands(self, pool: PoolStatus) -> None:
+        """Take in what its pool tells, which began at zero if the version was loaded again."""
+        if self.sizes is not None and pool.batches.batches < sum(self.sizes.values()):
+            self.before.update(self.sizes)
+        self.sizes = pool.batches.sizes
 
     def samples(self) -> Samples:
         name = "modelserve_requests_total"
@@ -127,7 +153,7 @@ class _Counts:
         found |= histogram(name, self.labels, LATENCY_BOUNDS_S, self.buckets, self.total_ms / 1000)
         found[sample("modelserve_worker_losses_total", self.labels)] = self.lost
         found[sample("modelserve_degraded_rows_total", self.labels)] = self.degraded
-        return found | self.batches
+        return found if self.sizes is None else found | _batches(self.labels, self.before + Counter(self.sizes))
 
 
 class _Waits:
@@ -143,7 +169,8 @@ class _Waits:
 class Metrics:
     """Counts what a server tells. All of it is called on the server's event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._versions: dict[tuple[str, str], _Counts] = {}
         self._load_failures: Counter[str] = Counter()
         self._feature_reads: Counter[tuple[str, str, str]] = Counter()
@@ -151,23 +178,34 @@ class Metrics:
         self._closing = False
 
     def __call__(self, event: Event) -> None:
-        """Count an event. The counts of a version that was freed are forgotten."""
+        """Count an event.
+
+        A version that was unloaded is shown again when it is back in production. What still comes of it counts, but
+        brings no labels back.
+        """
         if type(event) is Served:
-            counts = self._of(event.model_name, event.version)
-            outcome = "ok" if event.error is None else outcome_of(event.error)
-            counts.outcomes[outcome] = counts.outcomes.get(outcome, 0) + 1
-            counts.buckets[bisect_left(_BOUNDS_MS, event.latency_ms)] += 1
-            counts.total_ms += event.latency_ms
-            if event.degraded:
-                counts.degraded += sum(map(bool, event.degraded))
+            self._of(event.model_name, event.version).served(event)
         elif type(event) is FeaturesRead:
             self._count_features(event)
+        elif type(event) is VersionLoaded:
+            self._of(event.model_name, event.version).unloaded_at = None
         elif type(event) is WorkerLost:
-            self._of(event.model_name, event.version).lost += 1
+            if counts := self._versions.get((event.model_name, event.version)):  # or it is not in service
+                counts.lost += 1
         elif type(event) is LoadRejected:
             self._load_failures[event.model_name] += 1
         elif type(event) is VersionUnloaded and not self._closing:
-            self._versions.pop((event.model_name, event.version), None)
+            if counts := self._versions.get((event.model_name, event.version)):
+                counts.unloaded_at = self._clock()
+            self._forget()
+
+    def seen_loaded(self, versions: Container[str]) -> None:
+        """Learn which versions there still are in any process, as :func:`subject` writes them."""
+        now = self._clock()
+        for counts in self._versions.values():
+            if counts.unloaded_at is not None and subject(counts.labels) in versions:
+                counts.unloaded_at = now
+        self._forget()
 
     def figures(self, models: Iterable[Standing], log: LogStatus | None, counted: Counted) -> Figures:
         """Return everything, together with how the models and the inference log stand, and what others counted."""
@@ -176,18 +214,28 @@ class Metrics:
             gauges |= _standing(model)
             if model.pool is not None and model.production is not None:
                 counts = self._of(model.model_name, model.production)
-                counts.batches = _batches(counts.labels, model.pool)
+                counts.unloaded_at = None
+                counts.stands(model.pool)
         of_none = self._of_no_version() | _of_others(counted)
         if log is not None:
             of_none |= _log_records(log)
             gauges["modelserve_log_queue_rows"] = log.waiting
-        of_versions = {subject(each.labels): each.samples() for each in self._versions.values()}
-        return Figures(of_versions | {"": of_none}, gauges)
+        figures = Figures({"": of_none}, gauges, {})
+        for counts in self._versions.values():
+            shown = figures.counts if counts.unloaded_at is None else figures.unloaded
+            shown[subject(counts.labels)] = counts.samples()
+        return figures
 
     def close(self, models: Iterable[Standing]) -> None:
         """Keep from now on what there is of each version, for the last figures; all of them will be freed."""
         self.figures(models, None, Counted())
         self._closing = True
+
+    def _forget(self) -> None:
+        until = self._clock() - KEPT_S
+        for key, counts in list(self._versions.items()):
+            if counts.unloaded_at is not None and counts.unloaded_at <= until:
+                del self._versions[key]
 
     def _count_features(self, event: FeaturesRead) -> None:
         for status, n in event.statuses.items():
@@ -242,13 +290,13 @@ def _standing(model: Standing) -> Samples:
     return found
 
 
-def _batches(labels: dict[str, str], pool: PoolStatus) -> Samples:
+def _batches(labels: dict[str, str], sizes: Mapping[int, int]) -> Samples:
     counts = [0] * (len(BATCH_BOUNDS) + 1)
-    for rows, n in pool.batches.sizes.items():
+    for rows, n in sizes.items():
         counts[bisect_left(BATCH_BOUNDS, rows)] += n
-    total = sum(rows * n for rows, n in pool.batches.sizes.items())
+    total = sum(rows * n for rows, n in sizes.items())
     return {
-        sample("modelserve_batches_total", labels): float(pool.batches.batches),
+        sample("modelserve_batches_total", labels): float(sum(counts)),
         **histogram("modelserve_batch_rows", labels, BATCH_BOUNDS, counts, total),
     }
 

@@ -52,3 +52,14 @@ def test_processes_are_merged() -> None:
         )
     ]
     assert merged(alive, ended, FAMILIES) == {"hits_total{" + ONE + "}": 15.0, "seconds_count": 6.0, "ready": 0.0}
+
+
+def test_counts_of_an_unloaded_version_count_while_another_process_has_it() -> None:
+    """A sum does not go back when one process frees the version and another still drains; then the labels go."""
+    counts = {ONE: {"hits_total{" + ONE + "}": 1000.0}}
+    has, had = Figures(counts, {}), Figures({}, {}, counts)
+    whole = {"hits_total{" + ONE + "}": 2000.0}
+    assert merged([has, has], [], FAMILIES) == whole
+    assert merged([had, has], [], FAMILIES) == whole
+    assert merged([has], [had], FAMILIES) == whole
+    assert merged([had, had], [had], FAMILIES) == {}

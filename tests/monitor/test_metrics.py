@@ -9,8 +9,8 @@ import re
 import pytest
 
 from modelserve.errors import DeadlineExceeded, InferenceFailed, InvalidInput, LoadFailed, WorkerDied
-from modelserve.events import FeaturesRead, LoadRejected, VersionUnloaded, WorkerLost
-from modelserve.monitor.exposition import Samples, merged, text
+from modelserve.events import Event, FeaturesRead, LoadRejected, VersionLoaded, VersionUnloaded, WorkerLost
+from modelserve.monitor.exposition import KEPT_S, Samples, merged, text
 from modelserve.monitor.metrics import FAMILIES, Counted, Metrics, outcome_of
 from modelserve.types import BatchStats, LogStatus, PoolStatus, ReplicaStatus
 from tests.monitor.answers import served
@@ -67,6 +67,11 @@ def samples(
     return found
 
 
+def shown(metrics: Metrics) -> set[str]:
+    """Return the versions that have labels."""
+    return set(re.findall(r'version="(\w+)"', " ".join(samples(metrics))))
+
+
 def test_requests_are_counted_by_how_they_ended() -> None:
     """Each outcome has its count; the histogram holds every request, at its latency in seconds."""
     metrics = Metrics()
@@ -97,15 +102,70 @@ def test_models_and_pools_are_shown_as_they_stand() -> None:
 
 
 def test_a_version_that_was_freed_leaves_no_labels() -> None:
-    """Nothing of an unloaded version is shown, and it comes back from zero."""
+    """Nothing of an unloaded version is shown. Its counts, batches too, go on from there should it come back."""
     metrics = Metrics()
     metrics(served())
     metrics(served(version="2"))
     samples(metrics, Model(pool=pool(n1=5)))
     metrics(VersionUnloaded("m", "1"))
-    assert not [key for key in samples(metrics) if 'version="1"' in key]
+    assert shown(metrics) == {"2"}
+    metrics(VersionLoaded("m", "1", 3))
     metrics(served())
-    assert samples(metrics)['modelserve_requests_total{model="m",version="1",outcome="ok"}'] == 1
+    found = samples(metrics, Model(pool=pool(n1=2)))
+    assert found['modelserve_requests_total{model="m",version="1",outcome="ok"}'] == 2
+    assert found['modelserve_batches_total{model="m",version="1"}'] == 7
+
+
+@pytest.mark.parametrize("late", [WorkerLost("m", "1", "killed", 1.0), served()])
+def test_what_comes_late_brings_no_labels_back(late: Event) -> None:
+    """What is told of a version after it was freed does not show it again for good, but is not lost either."""
+    metrics = Metrics()
+    metrics(VersionLoaded("m", "1", 3))
+    metrics(VersionUnloaded("m", "1"))
+    metrics(late)
+    assert shown(metrics) == set()
+    metrics(VersionLoaded("m", "1", 4))
+    labels = 'model="m",version="1"'
+    found = samples(metrics)
+    keys = f"modelserve_worker_losses_total{{{labels}}}", f'modelserve_requests_total{{{labels},outcome="ok"}}'
+    assert sum(found[key] for key in keys) == 1
+
+
+def test_a_worker_that_dies_while_its_version_loads_shows_no_labels() -> None:
+    """A version that was refused is never unloaded either: its labels would stay."""
+    metrics = Metrics()
+    metrics(WorkerLost("m", "2", "killed", 1.0))
+    metrics(LoadRejected("m", "2", 3, LoadFailed("no"), 1.0))
+    assert shown(metrics) == set()
+
+
+def test_an_unloaded_version_counts_while_another_process_has_it() -> None:
+    """``both 2000``, one has unloaded, the other drains: still 2000."""
+    one, two = Metrics(), Metrics()
+    for metrics in (one, two):
+        for _ in range(1000):
+            metrics(served())
+    one(VersionUnloaded("m", "1"))
+    both = [metrics.figures([], None, Counted()) for metrics in (one, two)]
+    found = merged(both, [], FAMILIES)
+    assert found['modelserve_requests_total{model="m",version="1",outcome="ok"}'] == 2000
+
+
+def test_an_unloaded_version_is_forgotten_when_nobody_has_had_it_for_a_day() -> None:
+    """Memory does not grow with every version that ever was."""
+    now = 0.0
+    metrics = Metrics(clock=lambda: now)
+    for version in ("1", "2"):
+        metrics(served(version=version))
+        metrics(VersionUnloaded("m", version))
+    now += KEPT_S - 1
+    metrics.seen_loaded({'model="m",version="1"'})
+    now += 2
+    metrics.seen_loaded(set())
+    assert set(metrics.figures([], None, Counted()).unloaded) == {'model="m",version="1"'}
+    now += KEPT_S
+    metrics(VersionUnloaded("m", "3"))
+    assert metrics.figures([], None, Counted()).unloaded == {}
 
 
 def test_the_last_figures_keep_what_was_served() -> None:
@@ -123,6 +183,7 @@ def test_the_last_figures_keep_what_was_served() -> None:
 def test_losses_and_refusals_are_counted() -> None:
     """Workers that died and versions that did not load have their counts; so has the inference log."""
     metrics = Metrics()
+    metrics(VersionLoaded("m", "1", 3))
     metrics(WorkerLost("m", "1", "killed", 1.0))
     metrics(LoadRejected("m", "2", 3, LoadFailed("no"), 1.0))
     log = LogStatus(sampled=10, written=4, dropped=3, refused=1, waiting=2, problem=None)
