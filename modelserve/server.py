@@ -303,7 +303,7 @@ class AsyncModelServer:
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load")
         self._executors = (self._sql, self._loads)
         try:
-            await self._watch.start(self.status, self._counted, self._sql)
+            await self._watch.start(self.status, self._counted)
             self._predictions = PredictionCache.over(self._kept)
             if any(options.cache_ttl_s for options in (self._models or {}).values()):
                 await self._predictions.open()

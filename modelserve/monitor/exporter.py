@@ -4,48 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable
-from concurrent.futures import Executor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
-from modelserve.monitor.exposition import Figures, merged, text
+from modelserve.asking import Askers
+from modelserve.monitor.exposition import Figures, loaded, merged, text
 from modelserve.monitor.metrics import FAMILIES
 from modelserve.monitor.sharing import Everybody, SharedFigures
 
+T = TypeVar("T")
 _log = logging.getLogger("modelserve")
 _WRITE_EVERY_S: Final = 1.0
+_READ_EVERY: Final = 60  # writes, also when nobody asks
+_LIMIT_S: Final = 2.0
 
 
 class Exporter:
     """Writes the figures that ``figures`` returns.
 
     With a folder they are those of every process that uses it: this one's as of now, the others' as of a second ago at
-    most. Files are read and written on ``executor``.
+    most, or, while the folder does not answer, as they were last read. ``seen_loaded`` is told which versions living
+    processes have. Files are read and written in a thread for that alone.
     """
 
-    def __init__(self, figures: Callable[[], Figures], folder: Path | None, executor: Executor) -> None:
+    def __init__(
+        self, figures: Callable[[], Figures], folder: Path | None, seen_loaded: Callable[[set[str]], None]
+    ) -> None:
         self._figures = figures
         self._folder = folder
-        self._executor = executor
+        self._seen_loaded = seen_loaded
+        self._executor = Askers(1, "modelserve-metrics", limit_s=_LIMIT_S)
         self._shared: SharedFigures | None = None
+        self._others = Everybody([], [])
         self._task: asyncio.Task[None] | None = None
+        self._told = False
 
     async def start(self) -> None:
         """Take a place in the folder, if there is one. Raises ``ConfigError`` when it cannot be used."""
-        self._loop = asyncio.get_running_loop()
         if self._folder is not None:
-            self._shared = await self._loop.run_in_executor(self._executor, SharedFigures, self._folder)
+            self._shared = await self._ask(SharedFigures, self._folder)
             self._task = asyncio.create_task(self._keep_writing(self._shared), name="modelserve-metrics")
 
     async def text(self) -> bytes:
         """Return the figures in Prometheus' text format."""
         figures = self._figures()
-        everybody = Everybody([figures], [])
         if self._shared is not None:
-            everybody = await self._loop.run_in_executor(self._executor, self._shared.exchange, figures)
-        return text(merged(everybody.alive, everybody.ended, FAMILIES), FAMILIES).encode()
+            await self._exchange(self._shared, figures)
+        alive = [figures, *self._others.alive]
+        return text(merged(alive, self._others.ended, FAMILIES), FAMILIES).encode()
 
     async def stop(self) -> None:
         """Leave the last figures in the folder."""
@@ -54,22 +63,38 @@ class Exporter:
             await asyncio.wait([self._task])
         if self._shared is not None:
             shared, self._shared = self._shared, None
+            figures = self._figures()
             with contextlib.suppress(OSError):
-                await self._run(shared.close, self._figures())
+                try:
+                    async with asyncio.timeout(_LIMIT_S):
+                        await self._ask(shared.close, figures)
+                except RuntimeError:  # the interpreter exits and starts no threads any more
+                    shared.close(figures)
+        self._executor.shutdown(wait=False)
 
-    async def _run(self, call: Callable[[Figures], None], figures: Figures) -> None:
+    async def _exchange(self, shared: SharedFigures, figures: Figures) -> None:
+        """Write this process' figures and read the others', within the limit."""
         try:
-            await self._loop.run_in_executor(self._executor, call, figures)
-        except RuntimeError:  # the interpreter exits and runs nothing in threads any more
-            call(figures)
+            async with asyncio.timeout(_LIMIT_S):
+                self._others = await self._ask(shared.exchange, figures)
+        except OSError as error:  # a TimeoutError is one
+            self._tell(error)
+        self._seen_loaded(loaded(self._others.alive))
 
     async def _keep_writing(self, shared: SharedFigures) -> None:
-        told = False
-        while True:
+        for i in itertools.count():
+            if i % _READ_EVERY == 0:
+                await self._exchange(shared, self._figures())
             try:
-                await self._loop.run_in_executor(self._executor, shared.write, self._figures())
+                await self._ask(shared.write, self._figures())
             except OSError as error:
-                if not told:
-                    _log.error("metrics: %s cannot be written: %s", self._folder, error.strerror)
-                told = True
+                self._tell(error)
             await asyncio.sleep(_WRITE_EVERY_S)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
+            _log.error("metrics: %s cannot be used: %s", self._folder, error.strerror or "it does not answer")
+        self._told = True
+
+    async def _ask(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)

@@ -2,6 +2,9 @@
 
 A process holds a lock on a file of its own for as long as it lives; that is how the others know. What it counted stays
 when it ends. Many such files are folded into one, so that a host whose workers come and go does not fill the folder.
+
+Nobody waits for anybody: a process that stands still must not hold up those that are well. Files are replaced whole,
+whoever reads while others fold reads again, and what somebody else is folding is left to him.
 """
 
 from __future__ import annotations
@@ -9,18 +12,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
 
 from modelserve.errors import ConfigError
-from modelserve.monitor.exposition import Figures, Samples
+from modelserve.monitor.exposition import KEPT_S, Figures, Samples, add
 
 _FOLD_ABOVE: Final = 16
-_ENDED: Final = "ended.json"
+_READ_AGAIN: Final = 5
+_FOLDED: Final = "ended.json"
 
 
 class Everybody(NamedTuple):
@@ -28,6 +34,27 @@ class Everybody(NamedTuple):
 
     alive: list[Figures]
     ended: list[Figures]
+
+
+class _File(NamedTuple):
+    """What a process left in the folder."""
+
+    name: str
+    figures: Figures
+    written_at: float
+    alive: bool
+
+
+class _Folded(NamedTuple):
+    """What is left of processes that have ended, when their files are gone.
+
+    ``loaded_at`` says when a version was last seen to be loaded. ``names`` are files that may still be there though
+    they are counted here.
+    """
+
+    counts: dict[str, Samples]
+    loaded_at: dict[str, float]
+    names: list[str]
 
 
 class SharedFigures:
@@ -38,86 +65,127 @@ class SharedFigures:
         self._name = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._life = (folder / f"{self._name}.lock").open("wb")
+            self._life = self._path("lock").open("wb")
             fcntl.flock(self._life, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._sweep()
         except OSError as error:
             raise ConfigError(f"metrics_dir: {folder} cannot be used: {error.strerror}; give a local folder") from error
 
     def write(self, figures: Figures) -> None:
         """Let the others read this process' figures."""
-        self._replace(f"{self._name}.json", orjson.dumps(figures._asdict()))
+        self._replace(self._path("json"), figures._asdict())
 
     def exchange(self, figures: Figures) -> Everybody:
-        """Write this process' figures and return those of all."""
-        self.write(figures)
-        with self._turn(fcntl.LOCK_SH):
-            everybody, ended = self._look()
-        if len(ended) > _FOLD_ABOVE:
-            self._fold()
-        return everybody
+        """Write this process' figures and return those of all others."""
+        with contextlib.suppress(OSError):  # a full disk can be read; `write` is called often, and raises
+            self.write(figures)
+        folded, files = self._look()
+        if sum(not file.alive for file in files) > _FOLD_ABOVE:
+            with contextlib.suppress(OSError):  # next time, or somebody else is at it
+                self._fold()
+        alive = [file.figures for file in files if file.alive and file.name != self._name]
+        return Everybody(alive, [Figures(folded.counts, {}), *(file.figures for file in files if not file.alive)])
 
     def close(self, figures: Figures) -> None:
         """Leave the last figures behind."""
-        self.write(figures)
-        self._life.close()
-        (self._folder / f"{self._name}.lock").unlink(missing_ok=True)
+        try:
+            self.write(figures)
+        finally:
+            self._life.close()
+            self._path("lock").unlink(missing_ok=True)
 
-    def _look(self) -> tuple[Everybody, list[str]]:
-        """Return everybody's figures, and the names of the files of processes that have ended."""
-        past = self._read(_ENDED)
-        folded = set() if past is None else set(past[1])
-        everybody = Everybody([], [] if past is None else [past[0]])
-        names = []
-        for path in sorted(self._folder.glob("*-*.json")):
-            found = None if path.stem in folded else self._read(path.name)
-            if found is not None and self._lives(path.stem):
-                everybody.alive.append(found[0])
-            elif found is not None:
-                everybody.ended.append(found[0])
-                names.append(path.stem)
-        return everybody, names
+    def _look(self) -> tuple[_Folded, list[_File]]:
+        """Return what there is, of one moment: not without files that were folded meanwhile."""
+        for _ in range(_READ_AGAIN):
+            before = self._last_fold()
+            folded = self._read_folded()
+            files = self._read_files(folded.names)
+            if self._last_fold() == before:
+                break
+        return folded, files
 
     def _fold(self) -> None:
-        """Make one file of those of ended processes. It names them: until they are gone they do not count twice."""
-        with self._turn(fcntl.LOCK_EX):
-            everybody, names = self._look()
-            counts: dict[str, Samples] = {}
-            for figures in everybody.ended:
-                for version, samples in figures.counts.items():
-                    summed = counts.setdefault(version, {})
-                    for key, value in samples.items():
-                        summed[key] = summed.get(key, 0.0) + value
-            self._replace(_ENDED, orjson.dumps({"counts": counts, "gauges": {}, "folded": names}))
-            for name in names:
-                (self._folder / f"{name}.json").unlink(missing_ok=True)
-                (self._folder / f"{name}.lock").unlink(missing_ok=True)
+        """Make one file of those of ended processes. It names them: until they are gone they do not count twice.
+
+        Raises ``BlockingIOError`` when another process does.
+        """
+        with (self._folder / "turn.lock").open("ab") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folded, files = self._look()
+            left = [name for name in folded.names if self._path("json", name).exists()]
+            folded = _fold(folded._replace(names=left), files, time.time())
+            self._replace(self._folder / _FOLDED, folded._asdict())
+            for name in folded.names:
+                self._path("lock", name).unlink(missing_ok=True)
+                self._path("json", name).unlink(missing_ok=True)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what processes were writing when they were killed."""
+        for draft in self._folder.glob("*.draft"):
+            if not self._lives(draft.name.partition(".")[0]):
+                draft.unlink(missing_ok=True)
 
     def _lives(self, name: str) -> bool:
         if name == self._name:
             return True
         try:
-            with (self._folder / f"{name}.lock").open("rb") as file:
+            with self._path("lock", name).open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:  # it is locked, or cannot be looked at now: nothing to take a process for dead on
+            return True
         return False
 
-    def _read(self, name: str) -> tuple[Figures, list[str]] | None:
+    def _read_files(self, folded: Sequence[str]) -> list[_File]:
+        found = []
+        for path in sorted(self._folder.glob("*-*.json")):
+            if path.stem not in folded:
+                alive = self._lives(path.stem)  # before it is read: what one that has ended wrote is its last word
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # gone meanwhile, or none of ours
+                    document = orjson.loads(path.read_bytes())
+                    figures = Figures(document["counts"], document["gauges"], document["unloaded"])
+                    found.append(_File(path.stem, figures, path.stat().st_mtime, alive))
+        return found
+
+    def _read_folded(self) -> _Folded:
         try:
-            document = orjson.loads((self._folder / name).read_bytes())
-            return Figures(document["counts"], document["gauges"]), document.get("folded", [])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # gone meanwhile, or none of ours
+            return _Folded(**orjson.loads((self._folder / _FOLDED).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return _Folded({}, {}, [])
 
-    def _replace(self, name: str, data: bytes) -> None:
-        draft = self._folder / f".{self._name}.{name}"
-        draft.write_bytes(data)
-        draft.replace(self._folder / name)
+    def _last_fold(self) -> tuple[int, int] | None:
+        """Return what is another after each fold."""
+        try:
+            found = (self._folder / _FOLDED).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
-    @contextlib.contextmanager
-    def _turn(self, operation: int) -> Iterator[IO[bytes]]:
-        with (self._folder / "turn.lock").open("ab") as file:
-            fcntl.flock(file, operation)
-            yield file
+    def _replace(self, path: Path, document: Any) -> None:
+        draft = self._folder / f"{self._name}.{threading.get_native_id()}.draft"  # no *.json, or it would be read
+        draft.write_bytes(orjson.dumps(document))
+        draft.replace(path)
+
+    def _path(self, suffix: str, name: str | None = None) -> Path:
+        return self._folder / f"{name or self._name}.{suffix}"
+
+
+def _fold(folded: _Folded, files: Sequence[_File], now: float) -> _Folded:
+    """Add what processes left that have ended. Versions that nobody has had loaded for long are left out."""
+    counts, loaded_at = folded.counts, folded.loaded_at
+    for file in files:
+        for version in file.figures.counts:
+            loaded_at[version] = now if file.alive else max(file.written_at, loaded_at.get(version, 0.0))
+    ended = [file for file in files if not file.alive]
+    for file in ended:
+        for found in (file.figures.counts, file.figures.unloaded):
+            for version, samples in found.items():
+                add(counts.setdefault(version, {}), samples)
+    kept = {each for each in counts if not each or now - loaded_at.setdefault(each, now) < KEPT_S}
+    return _Folded(
+        {version: samples for version, samples in counts.items() if version in kept},
+        {version: at for version, at in loaded_at.items() if version in kept},
+        [*folded.names, *(file.name for file in ended)],
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from pathlib import Path
 
 from modelserve.config import ModelOptions
@@ -58,9 +57,7 @@ class Watch:
         """Return the metrics in Prometheus' text format; None when they are off."""
         return None if self._exporter is None else await self._exporter.text()
 
-    async def start(
-        self, status: Callable[[], Sequence[Standing]], counted: Callable[[], Counted], executor: Executor
-    ) -> None:
+    async def start(self, status: Callable[[], Sequence[Standing]], counted: Callable[[], Counted]) -> None:
         """Begin. ``status`` tells how the models stand, ``counted`` what others have counted.
 
         Raises ``ConfigError`` when ``metrics_dir`` cannot be used.
@@ -71,7 +68,7 @@ class Watch:
             def figures() -> Figures:
                 return counts.figures(status(), self.log_status, counted())
 
-            self._exporter = Exporter(figures, self._metrics_dir, executor)
+            self._exporter = Exporter(figures, self._metrics_dir, counts.seen_loaded)
             await self._exporter.start()
             self._subscriptions.append(self._observers.subscribe(counts))
         if self._store is not None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import modelserve
 from modelserve.errors import ConfigError
-from modelserve.monitor.exposition import Figures
+from modelserve.monitor.exposition import KEPT_S, Figures
 from modelserve.monitor.sharing import SharedFigures
 
 PROCESS = """
@@ -33,7 +38,27 @@ def figures(hits: float) -> Figures:
 
 
 def hits(found: list[Figures]) -> float:
-    return sum(each.counts[""]["hits_total"] for each in found)
+    return sum(each.counts.get("", {}).get("hits_total", 0.0) for each in found)
+
+
+def leave(
+    folder: Path, processes: int, *, version: str = "", age_s: float | None = None, unloaded: bool = False
+) -> None:
+    """Have so many processes come, count one each, and go."""
+    for _ in range(processes):
+        shared, counts = SharedFigures(folder), {version: {"hits_total": 1.0}}
+        shared.close(Figures({}, {}, counts) if unloaded else Figures(counts, {}))
+        if age_s is not None:
+            at = time.time() - age_s
+            os.utime(folder / f"{shared._name}.json", (at, at))
+
+
+@contextlib.contextmanager
+def folding(folder: Path) -> Iterator[None]:
+    """Hold what a process holds while it folds."""
+    with (folder / "turn.lock").open("ab") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 def start(folder: Path, count: int, then: str) -> subprocess.Popen[str]:
@@ -50,10 +75,10 @@ def test_a_process_is_alive_until_it_ends_however_that_is(tmp_path: Path) -> Non
     mine = SharedFigures(tmp_path)
     with start(tmp_path, 10, "wait") as other:
         everybody = mine.exchange(figures(1))
-        assert (hits(everybody.alive), everybody.ended) == (11, [])
+        assert (hits(everybody.alive), hits(everybody.ended)) == (10, 0)
         other.kill()
     everybody = mine.exchange(figures(2))
-    assert (hits(everybody.alive), hits(everybody.ended)) == (2, 10)
+    assert (hits(everybody.alive), hits(everybody.ended)) == (0, 10)
     mine.close(figures(3))
     last = SharedFigures(tmp_path)
     everybody = last.exchange(figures(0))
@@ -71,17 +96,116 @@ def test_many_ended_processes_become_one_file(tmp_path: Path) -> None:
     mine.close(figures(0))
 
 
-def test_files_that_were_folded_but_not_removed_do_not_count_twice(tmp_path: Path) -> None:
-    """A process that is killed while it folds leaves files that are known to be in the sum already."""
+def test_a_process_that_is_killed_while_it_folds_makes_nothing_count_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files that it leaves are in the sum already, also for those that fold later; they remove them."""
     mine = SharedFigures(tmp_path)
-    for _ in range(17):
-        SharedFigures(tmp_path).close(figures(1))
-    left = {path.name: path.read_bytes() for path in tmp_path.glob("*-*.json")}
-    mine.exchange(figures(0))
-    for name, data in left.items():
-        (tmp_path / name).write_bytes(data)
-    assert hits(mine.exchange(figures(0)).ended) == 17
+    leave(tmp_path, 20)
+    left = {path.stem for path in tmp_path.glob("*-*.json")}
+
+    def killed(path: Path, **_: object) -> None:
+        raise KeyboardInterrupt(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        mine.exchange(figures(0))
+    assert hits(mine.exchange(figures(0)).ended) == 20
+    leave(tmp_path, 20)
+    for _ in range(2):
+        assert hits(mine.exchange(figures(0)).ended) == 40
+    assert not left & {path.stem for path in tmp_path.glob("*-*.json")} - {mine._name}
     mine.close(figures(0))
+
+
+def test_what_a_process_is_writing_is_nobodys_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is not complete counts for nothing. Those of the dead are removed, those of the living are not."""
+    mine, other = SharedFigures(tmp_path), SharedFigures(tmp_path)
+    other.write(figures(10))
+
+    def killed(draft: Path, _: Path) -> None:
+        raise KeyboardInterrupt(draft)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        other.write(figures(11))
+    everybody = mine.exchange(figures(0))
+    assert (hits(everybody.alive), hits(everybody.ended)) == (10, 0)
+    before = set(tmp_path.iterdir())
+    third = SharedFigures(tmp_path)
+    assert before < set(tmp_path.iterdir())
+    other._life.close()  # as when it is killed
+    SharedFigures(tmp_path).close(figures(0))
+    (draft,) = before - set(tmp_path.iterdir())
+    assert draft.suffix == ".draft"
+    mine.close(figures(0))
+    third.close(figures(0))
+
+
+def test_nobody_waits_for_a_process_that_stands_still_while_it_folds(tmp_path: Path) -> None:
+    """What there is can be read; only the folding is left until that process is well again."""
+    mine = SharedFigures(tmp_path)
+    leave(tmp_path, 20)
+    with folding(tmp_path):
+        began = time.monotonic()
+        assert hits(mine.exchange(figures(0)).ended) == 20
+        assert time.monotonic() - began < 1
+        assert len(list(tmp_path.glob("*-*.json"))) == 21
+    mine.exchange(figures(0))
+    assert len(list(tmp_path.glob("*-*.json"))) == 1
+    mine.close(figures(0))
+
+
+def test_files_that_are_folded_while_they_are_read_are_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads when another folds reads again."""
+    mine, other = SharedFigures(tmp_path), SharedFigures(tmp_path)
+    leave(tmp_path, 20)
+    read = SharedFigures._read_folded
+
+    def folded_meanwhile(self: SharedFigures) -> object:
+        found = read(self)
+        monkeypatch.undo()
+        other.exchange(figures(0))
+        return found
+
+    monkeypatch.setattr(SharedFigures, "_read_folded", folded_meanwhile)
+    assert hits(mine.exchange(figures(0)).ended) == 20
+    assert len(list(tmp_path.glob("*-*.json"))) == 2
+    mine.close(figures(0))
+    other.close(figures(0))
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files would be removed. There may just be too many open files in the process that asks."""
+    mine, other = SharedFigures(tmp_path), SharedFigures(tmp_path)
+    other.write(figures(10))
+
+    def too_many(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(fcntl, "flock", too_many)
+    assert hits(mine.exchange(figures(0)).ended) == 0
+    mine.close(figures(0))
+    other.close(figures(0))
+
+
+def test_versions_that_nobody_has_had_for_a_day_are_not_kept(tmp_path: Path) -> None:
+    """The folded file does not grow with every version that ever was; what is loaded, or was today, stays."""
+    mine = SharedFigures(tmp_path)
+    leave(tmp_path, 17, version="old", age_s=KEPT_S + 60)
+    leave(tmp_path, 1, version="kept", age_s=KEPT_S + 60)
+    leave(tmp_path, 1, version="recent", age_s=60)
+    leave(tmp_path, 1, version="before", unloaded=True)
+    has = Figures({"": {"hits_total": 0.0}, "kept": {"hits_total": 0.0}}, {})
+    mine.exchange(has)
+    folded, *others = mine.exchange(has).ended
+    assert others == []
+    assert set(folded.counts) == {"kept", "recent", "before"}
+    mine.close(has)
 
 
 def test_what_is_none_of_ours_is_ignored(tmp_path: Path) -> None:
@@ -89,7 +213,8 @@ def test_what_is_none_of_ours_is_ignored(tmp_path: Path) -> None:
     mine = SharedFigures(tmp_path)
     (tmp_path / "1-foreign.json").write_text("[1, 2", encoding="utf-8")
     (tmp_path / "2-foreign.json").write_text("[]", encoding="utf-8")
-    assert hits(mine.exchange(figures(4)).alive) == 4
+    everybody = mine.exchange(figures(4))
+    assert hits(everybody.alive + everybody.ended) == 0
     mine.close(figures(4))
 
 
