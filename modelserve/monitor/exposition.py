@@ -34,10 +34,9 @@ class Figures(NamedTuple):
     unloaded: dict[str, Samples] = {}  # noqa: RUF012  # nobody writes to it
 
 
-def sample(name: str, labels: Mapping[str, str], *, le: float | str | None = None) -> str:
-    """Return ``name{label="value",…}``. ``le`` is the upper bound of a bucket."""
-    given = labels if le is None else {**labels, "le": _number(le) if isinstance(le, float) else le}
-    return f"{name}{{{subject(given)}}}" if given else name
+def sample(name: str, labels: Mapping[str, str]) -> str:
+    """Return ``name{label="value",…}``."""
+    return f"{name}{{{subject(labels)}}}" if labels else name
 
 
 def subject(labels: Mapping[str, str]) -> str:
@@ -51,10 +50,11 @@ def histogram(
     """Return the samples of a histogram: ``counts`` has a number per bound, and one for what is above them all."""
     found: Samples = {}
     seen = 0
-    ends: list[float | str] = [*bounds, "+Inf"]
+    ends = [*map(_number, bounds), "+Inf"]
+    bucket = f"{name}_bucket{{{subject(labels)}{',' if labels else ''}le="
     for bound, count in zip(ends, counts, strict=True):
         seen += count
-        found[sample(f"{name}_bucket", labels, le=bound)] = seen
+        found[f'{bucket}"{bound}"}}'] = seen
     found[sample(f"{name}_sum", labels)] = total
     found[sample(f"{name}_count", labels)] = seen
     return found

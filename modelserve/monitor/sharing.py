@@ -140,7 +140,7 @@ class SharedFigures:
 
     def _read_files(self, folded: Sequence[str]) -> list[_File]:
         found = []
-        for path in sorted(self._folder.glob("*-*.json")):
+        for path in sorted(self._folder.glob("[0-9]*-*.json")):
             if path.stem not in folded:
                 alive = self._lives(path.stem)  # before it is read: what one that has ended wrote is its last word
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # gone meanwhile, or none of ours

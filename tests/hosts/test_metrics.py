@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,6 +130,23 @@ def test_caches_and_features_are_among_them(folder: Path) -> None:
             after = samples((server.metrics() or b"").decode())
     counts = [key for key in found if "_total" in key and "log_records" not in key]
     assert [key for key in counts if after.get(key, 0.0) < found[key]] == []
+
+
+def test_a_database_that_stands_still_holds_up_no_scrape(folder: Path) -> None:
+    """The threads that wait for it are not those that read the folder."""
+    over = threading.Event()
+    with (
+        ms.Registry(f"sqlite:///{folder}/models.db") as registry,
+        ms.ModelServer(registry, cache_dir=folder / "cache", metrics_dir=folder / "metrics") as server,
+    ):
+        for _ in range(10):
+            server.core._sql.submit(over.wait, 30)
+        try:
+            began = time.monotonic()
+            assert samples((server.metrics() or b"").decode())["modelserve_processes"] == 1
+            assert time.monotonic() - began < 1
+        finally:
+            over.set()
 
 
 @pytest.mark.slow

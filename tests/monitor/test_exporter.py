@@ -70,7 +70,7 @@ async def test_a_folder_that_does_not_answer_costs_a_scrape_no_more_than_the_lim
     stuck.set()
     one.hits = 2
     began = time.monotonic()
-    assert await asyncio.gather(one.scrape(), one.scrape()) == [12, 12]
+    assert set(await asyncio.gather(one.scrape(), one.scrape())) == {12}
     assert time.monotonic() - began < 3
     await one.exporter.stop()
     assert time.monotonic() - began < 6
