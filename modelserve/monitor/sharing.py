@@ -152,7 +152,7 @@ class SharedFigures:
     def _read_folded(self) -> _Folded:
         try:
             return _Folded(**orjson.loads((self._folder / _FOLDED).read_bytes()))
-        except (OSError, ValueError, TypeError):
+        except (FileNotFoundError, ValueError, TypeError):  # not any OSError: what follows may replace it
             return _Folded({}, {}, [])
 
     def _last_fold(self) -> tuple[int, int] | None:

@@ -61,6 +61,10 @@ def folding(folder: Path) -> Iterator[None]:
         yield
 
 
+def too_many(*_: object) -> bytes:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
 def start(folder: Path, count: int, then: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(modelserve.__file__).parents[1])}
     command = [sys.executable, "-c", PROCESS, str(folder), str(count), then]
@@ -184,13 +188,25 @@ def test_a_process_that_cannot_be_looked_at_is_not_taken_for_dead(
     mine, other = SharedFigures(tmp_path), SharedFigures(tmp_path)
     other.write(figures(10))
 
-    def too_many(*_: object) -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
-
     monkeypatch.setattr(fcntl, "flock", too_many)
     assert hits(mine.exchange(figures(0)).ended) == 0
     mine.close(figures(0))
     other.close(figures(0))
+
+
+def test_a_sum_that_cannot_be_read_now_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of ended processes are not lost to a moment in which a file cannot be opened."""
+    mine = SharedFigures(tmp_path)
+    leave(tmp_path, 20)
+    mine.exchange(figures(0))
+    read = Path.read_bytes
+    leave(tmp_path, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: too_many() if path.name == "ended.json" else read(path))
+        with pytest.raises(OSError, match="Too many"):
+            mine.exchange(figures(0))
+    assert hits(mine.exchange(figures(0)).ended) == 40
+    mine.close(figures(0))
 
 
 def test_versions_that_nobody_has_had_for_a_day_are_not_kept(tmp_path: Path) -> None:
