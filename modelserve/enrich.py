@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -100,20 +101,27 @@ class Enricher:
     # -- the way of a request ------------------------------------------------------------------------------
 
     async def enrich(
-        self, plan: FeaturePlan, requests: Sequence[Pending], where: str, deadline: float
+        self,
+        plan: FeaturePlan,
+        requests: Sequence[Pending],
+        where: str,
+        deadline: float,
+        answered: Sequence[bool] = (),
     ) -> tuple[list[Row], Sequence[tuple[str, ...]]]:
         """Return the completed rows, and the features of each that have their default (empty: none of any).
 
+        A request that is ``answered`` already needs no features; an empty row stands in its place.
         Raises ``InvalidInput`` and ``BackendUnavailable`` for a feature that is required and is not there.
         """
         began = self._loop.time()
         self._within_s = max(self._within_s, plan.budget_s)
-        wanted = [key for request in requests for key in request.wanted if key is not None]
-        found = await self._read(wanted, began + plan.budget_s, deadline) if wanted else []
-        completed = _completed(plan, requests, found, self._now())
-        if self._observers:
+        places = [i for i in range(len(requests)) if not (answered and answered[i])]
+        wanted = [key for i in places for key in requests[i].wanted if key is not None]
+        found = await self._read(wanted, began + plan.budget_s * _batches(wanted), deadline) if wanted else []
+        completed = _completed(plan, [requests[i] for i in places], found, self._now())
+        if completed and self._observers:
             self._tell(plan, completed, self._loop.time() - began)
-        return _rows(completed, where)
+        return _rows(completed, places, len(requests), where)
 
     async def _read(self, wanted: list[FeatureKey], end_of_budget: float, deadline: float) -> Sequence[_Found]:
         """Return what became of each row that is wanted. Raises nothing: a store that fails is not the end."""
@@ -123,7 +131,8 @@ class Enricher:
         try:
             found = await batcher.submit(wanted, min(end_of_budget, deadline))
         except (DeadlineExceeded, Overloaded) as error:
-            if deadline < end_of_budget:  # a caller in a hurry says nothing about the store
+            in_a_hurry = deadline < end_of_budget
+            if in_a_hurry or _batches(wanted) > 1 or isinstance(error, Overloaded):  # it says nothing about the store
                 return ["timeout"] * len(wanted)
             return self._failed("timeout", error, len(wanted))
         except Exception as error:  # noqa: BLE001  # a store can be anybody's code; its policy decides what follows
@@ -164,6 +173,11 @@ class Enricher:
         self._observers.emit(FeaturesRead(plan.model_name, self.name, statuses, int(waited_s * 1_000_000) / 1000))
 
 
+def _batches(wanted: Sequence[FeatureKey]) -> int:
+    """Return how many reads a call takes at least."""
+    return math.ceil(len(wanted) / _ROWS_AT_ONCE)
+
+
 def _completed(
     plan: FeaturePlan, requests: Sequence[Pending], found: Sequence[_Found], now: float
 ) -> Sequence[Completed]:
@@ -175,14 +189,18 @@ def _completed(
     ]
 
 
-def _rows(completed: Sequence[Completed], where: str) -> tuple[list[Row], Sequence[tuple[str, ...]]]:
-    for i, each in enumerate(completed):
+def _rows(
+    completed: Sequence[Completed], places: Sequence[int], count: int, where: str
+) -> tuple[list[Row], Sequence[tuple[str, ...]]]:
+    rows: list[Row] = [()] * count
+    degraded: list[tuple[str, ...]] = [()] * count
+    for i, each in zip(places, completed, strict=True):
         if isinstance(each.refusal, InvalidInput):
             raise each.refusal.within(where.format(i))
         if each.refusal is not None:
             raise each.refusal
-    degraded = [each.degraded for each in completed]
-    return [each.row for each in completed], degraded if any(degraded) else _NOBODY
+        rows[i], degraded[i] = each.row, each.degraded
+    return rows, degraded if any(degraded) else _NOBODY
 
 
 # -- from options to a reader ------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ _log = logging.getLogger("modelserve")
 class Served(NamedTuple):
     """One call was answered: ``rows`` results, or an error; ``CancelledError`` where the caller gave up.
 
-    ``inputs`` are the validated rows, features among them, none when the request did not fit; ``values`` are the
+    ``inputs`` are the validated rows, features among them, none when the request did not fit, and an empty row for one
+    that was answered without reading its features; ``values`` are the
     answers, none when it failed. Both are the request's own: to be read, not changed. ``cached`` says of each row
     whether it was answered without running the model, ``degraded`` which of its features have their default (either
     empty: none of any). ``meta`` and ``signature`` are those of the version. ``shadow`` says that nobody waited for it.

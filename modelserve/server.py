@@ -195,10 +195,10 @@ class AsyncModelServer:
                     pending = _validated(target, plan.validate, instances, where)
                     if cache is not None and target.request_key is not None:
                         known = await cache.look(target, list(map(target.request_key, pending)), deadline)
-                    if known is None or not known.complete:
-                        rows, degraded = await self._enricher.enrich(plan, pending, where, deadline)
-                if cache is not None and not any(degraded):
-                    results, cached = await cache.answer(target, rows, deadline, known)
+                    answered = () if known is None else known.answered
+                    rows, degraded = await self._enricher.enrich(plan, pending, where, deadline, answered)
+                if cache is not None:
+                    results, cached = await cache.answer(target, rows, deadline, known, degraded)
                 else:
                     results, cached = await target.pool.submit(rows, deadline), ()
                 values = _values(results)

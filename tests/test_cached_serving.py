@@ -447,10 +447,12 @@ def serving_scores(tmp_path: Path, scores: ms.FeatureWriter) -> Serve:
     registry.register("sum", "1", adder, example=frame, method="transform", trusted=["numpy.sum"])
     registry.promote("sum", "1")
 
-    def serve(cache_key: str, **declared: Any) -> ms.AsyncModelServer:
+    def serve(cache_key: str, cache: Any = None, **declared: Any) -> ms.AsyncModelServer:
         features = ms.Features("user_id", ["score"], **{"defaults": {"score": 0.0}} | declared)
         models = {"sum": ms.ModelOptions(cache_ttl_s=60, cache_key=cache_key, features=features, log_sample_rate=1.0)}  # type: ignore[arg-type]
-        return ms.AsyncModelServer(registry, models, cache_dir=tmp_path / "cache", poll_s=3600, features=scores.store)
+        return ms.AsyncModelServer(
+            registry, models, cache_dir=tmp_path / "cache", poll_s=3600, cache=cache, features=scores.store
+        )
 
     return serve
 
@@ -500,6 +502,42 @@ async def test_by_request_some_rows_of_several_are_known(serving_scores: Serve, 
         assert told(*many) == [(52.0, False), (6.0, True)]
         with pytest.raises(InvalidInput, match=r"instances\[1\]\.user_id"):
             await server.predict_many("sum", [rows[1], {"x": 1.0, "user_id": 2}])
+
+
+async def test_by_request_what_is_known_needs_no_features_beside_what_is_not(
+    serving_scores: Serve, scores: ms.FeatureWriter
+) -> None:
+    """A known row is answered in a request of several as it is alone, also when its features are gone by now."""
+    async with serving_scores("request", defaults={}) as server:
+        await server.predict("sum", {"x": 1.0, "user_id": 1})
+        scores.put("user_id", 1, {"other": 0.0})
+        scores.put("user_id", 2, {"score": 7.0})
+        many = await server.predict_many("sum", [{"x": 1.0, "user_id": user} for user in (1, 2)])
+    assert told(*many) == [(6.0, True), (8.0, False)]
+
+
+async def test_what_is_declared_of_features_is_part_of_the_request(
+    serving_scores: Serve, scores: ms.FeatureWriter
+) -> None:
+    """Under another age limit an answer that is kept is not given: its features may be too old."""
+    kept = MemoryCache()
+    async with serving_scores("request", cache=kept) as server:
+        await server.predict("sum", {"x": 1.0, "user_id": 1})
+    async with serving_scores("request", cache=kept, max_age_s=60) as server:
+        assert not (await server.predict("sum", {"x": 1.0, "user_id": 1})).cached
+    async with serving_scores("request", cache=kept) as server:
+        assert (await server.predict("sum", {"x": 1.0, "user_id": 1})).cached
+
+
+async def test_a_degraded_row_costs_the_others_no_hit(serving_scores: Serve) -> None:
+    """Of several rows the degraded ones alone go past the cache, and are counted as such."""
+    async with serving_scores("merged") as server:
+        for hit in (False, True):
+            many = await server.predict_many("sum", [{"x": 1.0, "user_id": user} for user in (1, 2, 1)])
+            assert told(*many) == [(6.0, hit), (1.0, False), (6.0, hit)]
+            assert [each.degraded for each in many] == [(), ("score",), ()]
+        text = (await server.metrics() or b"").decode()
+    assert 'modelserve_cache_requests_total{model="sum",result="bypass"} 2' in text
 
 
 async def test_by_request_no_degraded_answer_is_kept(serving_scores: Serve, scores: ms.FeatureWriter) -> None:

@@ -704,6 +704,17 @@ def test_a_table_is_published_and_looked_into(
     ]
 
 
+def test_keys_in_a_csv_file_are_texts(
+    invoke: Invoke, redis_url: str, settled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entity ``007`` of a file that knows no types is not the entity 7."""
+    monkeypatch.setenv("MODELSERVE_FEATURES", redis_url)
+    (settled / "agents.csv").write_text("agent,score\n007,1.5\n", encoding="utf-8")
+    assert invoke("features", "load", settled / "agents.csv", "--group", "agent").exit_code == 0
+    statuses = [invoke("features", "get", "agent", key, "score", "--json").stdout for key in ("007", "7")]
+    assert [json.loads(each)[0]["status"] for each in statuses] == ["present", "missing"]
+
+
 def test_without_a_feature_store_the_command_says_how_to_name_one(invoke: Invoke) -> None:
     """Nothing is looked for anywhere else."""
     refused = invoke("features", "get", "user_id", "3", "plan")

@@ -196,6 +196,57 @@ def test_callers_in_a_hurry_do_not_open_the_breaker() -> None:
     virtually(scenario())
 
 
+def test_a_large_call_has_the_budget_for_each_hundred_rows() -> None:
+    """A call of a thousand rows, which no store reads within one budget, gets its features, and disturbs nobody."""
+
+    async def brisk(_: int) -> None:
+        await asyncio.sleep(0.004)
+
+    async def scenario() -> None:
+        async with started(Scripted(brisk)) as enricher:
+            for _ in range(20):
+                rows, degraded = await ask(enricher, plan_for(LENIENT), *range(1000))
+                assert rows == [(0.5, float(user)) for user in range(1000)]
+                assert degraded == ()
+            assert await ask(enricher, plan_for(LENIENT), 1) == ([(0.5, 1.0)], ())
+
+    virtually(scenario())
+
+
+def test_large_calls_do_not_open_the_breaker() -> None:
+    """A caller who wants more than the store can give in time gets defaults, and others their features."""
+
+    async def brisk(_: int) -> None:
+        await asyncio.sleep(0.0045)
+
+    async def scenario() -> None:
+        async with started(Scripted(brisk)) as enricher:
+            for _ in range(20):
+                large = asyncio.gather(*(ask(enricher, plan_for(LENIENT), *range(9000)) for _ in range(2)))
+                await asyncio.sleep(0.1)
+                await large
+                assert not enricher._breaker.open
+            await asyncio.sleep(1)
+            assert await ask(enricher, plan_for(LENIENT), 1) == ([(0.5, 1.0)], ())
+
+    virtually(scenario())
+
+
+async def test_what_is_answered_needs_no_features() -> None:
+    """A request that has its answer is not read for; the others keep their place, also in an error."""
+    store = Scripted()
+    async with started(store) as enricher:
+        plan = plan_for(LENIENT)
+        pending = [plan.validate({"x": 0.5, "user_id": user}) for user in (1, 2, 3)]
+        deadline = asyncio.get_running_loop().time() + 10
+        rows, degraded = await enricher.enrich(plan, pending, "instances[{}]", deadline, [True, False, True])
+        assert rows == [(), (0.5, 2.0), ()]
+        assert degraded == ()
+        assert store.reads == [["2"]]
+        assert await enricher.enrich(plan, pending, "", deadline, [True] * 3) == ([()] * 3, ())
+        assert store.reads == [["2"]]
+
+
 def test_a_store_that_never_ends_a_read_gets_its_place_back() -> None:
     """A store that breaks its promise loses the read after five seconds, and requests are served again."""
 

@@ -40,6 +40,15 @@ class Known(NamedTuple):
         """Whether there is an answer under every key."""
         return _MISSING not in self.results
 
+    @property
+    def answered(self) -> list[bool]:
+        """Whether there is an answer, under each key."""
+        return [each is not _MISSING for each in self.results]
+
+    def among(self, places: Sequence[int]) -> Known:
+        """Return what was found under some of the keys."""
+        return Known([self.keys[i] for i in places], [self.results[i] for i in places])
+
 
 class PredictionCache:
     """Answers rows from ``tiers``, and runs what is not there, once, however many ask for it at the same time.
@@ -52,7 +61,8 @@ class PredictionCache:
         self._tiers = tiers
         self._flights: Flights[Result] = Flights()
         self.counts: Counter[tuple[str, str]] = Counter()
-        """Rows by model and how they were answered: ``local``, ``shared``, ``joined`` (what ran already), ``miss``."""
+        """Rows by model and how they were answered: ``local``, ``shared``, ``joined`` (what ran already), ``miss``,
+        ``bypass`` (degraded)."""
 
     @classmethod
     def over(cls, cache: Cache | None) -> Self:
@@ -84,20 +94,47 @@ class PredictionCache:
         return known
 
     async def answer(
-        self, target: LoadedVersion, rows: Sequence[Row], deadline: float, known: Known | None = None
+        self,
+        target: LoadedVersion,
+        rows: Sequence[Row],
+        deadline: float,
+        known: Known | None = None,
+        degraded: Sequence[tuple[str, ...]] = (),
     ) -> tuple[Sequence[Result], Sequence[bool]]:
         """Return one value or exception for each row, and whether it was in the cache.
 
         What the rows are kept under is told by ``known``, if they were looked for already; else it is what they are as
-        inputs of the version. Raises ``DeadlineExceeded`` when it takes longer than ``deadline``, and what submitting
-        to the version's pool raises.
+        inputs of the version. A row that is ``degraded`` is neither looked for nor kept. Raises ``DeadlineExceeded``
+        when it takes longer than ``deadline``, and what submitting to the version's pool raises.
         """
+        if any(degraded):
+            return await self._answer_some(target, rows, deadline, known, degraded)
         if known is None:
             known = await self.look(target, [target.cache_key(row) for row in rows], deadline)
-        cached = [each is not _MISSING for each in known.results]
+        cached = known.answered
         if not known.complete:
             await self._run(target, rows, known.keys, known.results, deadline)
         return known.results, cached
+
+    async def _answer_some(
+        self,
+        target: LoadedVersion,
+        rows: Sequence[Row],
+        deadline: float,
+        known: Known | None,
+        degraded: Sequence[tuple[str, ...]],
+    ) -> tuple[Sequence[Result], Sequence[bool]]:
+        """Answer the rows that are not degraded as others are, and run the rest beside them."""
+        whole = [i for i, names in enumerate(degraded) if not names]
+        rest = [i for i, names in enumerate(degraded) if names]
+        self._count(target, "bypass", len(rest))
+        (results, cached), run = await asyncio.gather(
+            self.answer(target, [rows[i] for i in whole], deadline, None if known is None else known.among(whole)),
+            target.pool.submit([rows[i] for i in rest], deadline),
+        )
+        answers = dict(zip(whole, zip(results, cached, strict=True), strict=True))
+        answers |= dict(zip(rest, zip(run, [False] * len(rest), strict=True), strict=True))
+        return [answers[i][0] for i in range(len(rows))], [answers[i][1] for i in range(len(rows))]
 
     def _look(self, target: LoadedVersion, known: Known) -> None:
         for i, key in enumerate(known.keys):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final, TypeVar
 
 from modelserve.breaker import Breaker
@@ -18,6 +19,7 @@ T = TypeVar("T")
 _log = logging.getLogger("modelserve")
 _MOST_KEYS: Final = 512  # in one round trip
 _MOST_WAITING: Final = 8192
+_GRID_S: Final = 0.001
 _WRITE_S: Final = 1.0
 _OPEN_S: Final = 0.5
 _HANG_S: Final = 2.0  # after which a command is given up, whatever the driver's own patience
@@ -36,7 +38,9 @@ class Shared:
         self._cache = cache
         self._reading = Breaker(3, first_pause_s=0.5, last_pause_s=5.0)
         self._writing = Breaker(3, first_pause_s=0.5, last_pause_s=5.0)
-        self._reads: Batcher[str, bytes | None] = Batcher(max_rows=_MOST_KEYS, queue_limit=_MOST_WAITING)
+        self._reads: Batcher[str, bytes | None] = Batcher(
+            max_rows=_MOST_KEYS, queue_limit=_MOST_WAITING, grid_s=_GRID_S
+        )
         self._writes: Batcher[CacheItem, None] = Batcher(max_rows=_MOST_KEYS, queue_limit=_MOST_WAITING)
         self._reads.add(self._read)
         self._writes.add(self._write)
@@ -75,7 +79,7 @@ class Shared:
             self.unwritten += len(items)
             return
         try:
-            self._writes.submit(items, now + _WRITE_S).add_done_callback(self._written)
+            self._writes.submit(items, now + _WRITE_S).add_done_callback(partial(self._written, len(items)))
         except ModelServeError:
             self.unwritten += len(items)
 
@@ -124,8 +128,8 @@ class Shared:
             _log.warning("the cache of predictions is used again")
         breaker.succeeded()
 
-    def _written(self, writing: asyncio.Future[Sequence[Exception | None]]) -> None:
+    def _written(self, count: int, writing: asyncio.Future[Sequence[Exception | None]]) -> None:
         if writing.cancelled() or writing.exception() is not None:
-            self.unwritten += 1
+            self.unwritten += count
         else:
             self.unwritten += sum(each is not None for each in writing.result())

@@ -93,5 +93,6 @@ def load_file(
 ) -> None:
     """Write a row per row of a table; every other column is a feature."""
     with _writer(context, store) as writer:
-        count = writer.load(read_table(file), group, key=key, time=time)
+        table = read_table(file, texts=[key or group])  # 007 is not 7
+        count = writer.load(table, group, key=key, time=time)
     typer.echo(f"{count} rows of {group} are written")

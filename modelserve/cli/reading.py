@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -108,13 +108,16 @@ def rows_of(inputs: str | None, file: Path | None) -> Any:
     return _parse(sys.stdin.buffer.read(), "standard input")
 
 
-def read_table(path: Path) -> Any:
-    """Read a file of rows into a form that ``Registry.register(example=...)`` takes. Raises ``InvalidInput``."""
+def read_table(path: Path, *, texts: Sequence[str] = ()) -> Any:
+    """Read a file of rows into a form that ``Registry.register(example=...)`` takes. Raises ``InvalidInput``.
+
+    ``texts`` are columns that are texts, whatever they look like in a file that does not say so.
+    """
     read = _READERS.get(path.suffix)
     if read is None:
         raise InvalidInput(str(path), f"its name must end in one of {', '.join(_READERS)}")
     try:
-        return read(path)
+        return _read_csv(path, texts) if path.suffix == ".csv" else read(path)
     except (OSError, ValueError, EOFError) as error:
         raise InvalidInput(str(path), f"cannot be read: {error}") from error
 
@@ -135,8 +138,8 @@ def _read_json(path: Path) -> Json:
     return _parse(path.read_bytes(), str(path))
 
 
-def _read_csv(path: Path) -> Any:
-    return plugins.require("pandas").read_csv(path)
+def _read_csv(path: Path, texts: Sequence[str] = ()) -> Any:
+    return plugins.require("pandas").read_csv(path, dtype=dict.fromkeys(texts, str))
 
 
 def _read_array(path: Path) -> Any:

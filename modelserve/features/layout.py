@@ -21,6 +21,8 @@ from modelserve.types import Json
 
 TIME: Final = "_ts"
 MAX_KEY_BYTES: Final = 512
+AHEAD_S: Final = 86_400.0
+"""How far ahead of this machine's clock a time may be. What is further is no clock's fault: milliseconds, say."""
 _EXACT: Final = 2**53  # beyond it, a float stands for several whole numbers
 _SCALARS: Final = (bool, int, float, str)
 _STRICT: Final = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import operator
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from modelserve.errors import BackendUnavailable, InvalidInput, LoadFailed, ModelServeError
 from modelserve.features.declaration import Features
-from modelserve.features.layout import key_of
+from modelserve.features.layout import AHEAD_S, key_of
 from modelserve.ports import FeatureKey, FeatureRow, NoValue
 from modelserve.signature import Field, Signature
 from modelserve.types import Row
@@ -88,6 +89,7 @@ class FeaturePlan:
         self._order = _order([field.name for field in own] + names, [field.name for field in signature.inputs])
         self._oldest = min((each.max_age_s for each in declared if each.max_age_s is not None), default=None)
         self._all_present: Mapping[FeatureStatus, int] = {"present": len(names)}
+        self._declared = hashlib.sha256(repr(list(declared)).encode()).hexdigest()
 
     # -- what a request gives ------------------------------------------------------------------------------
 
@@ -124,10 +126,13 @@ class FeaturePlan:
         return Pending(values, tuple(self._wanted(source, inputs, given) for source in self._sources), given)
 
     def canonical(self, pending: Pending) -> bytes:
-        """Return bytes that are equal for equal requests: what they give themselves, and the rows that they name."""
+        """Return bytes that are equal for equal requests under equal declarations.
+
+        In them is what a request gives itself, the rows that it names, and how their features are judged.
+        """
         own = b"" if self._own is None else self._own.canonical(pending.own)
         given = {name: self._feature_of[name].alone.canonical((value,)).hex() for name, value in pending.given.items()}
-        return json.dumps([own.hex(), pending.wanted, given], sort_keys=True).encode()
+        return json.dumps([self._declared, own.hex(), pending.wanted, given], sort_keys=True).encode()
 
     def _given(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         given = {}
@@ -223,8 +228,10 @@ def _judged(feature: _Feature, row: FeatureRow | Unread | None, stored: Any, now
 
 
 def _too_old(row: FeatureRow, max_age_s: float | None, now: float) -> bool:
-    """Whether a row is older than allowed. One that does not say when it was written may be of any age."""
-    return max_age_s is not None and (row.written_at is None or now - row.written_at > max_age_s)
+    """Whether a row is older than allowed. One that tells no time, or one that is yet to come, may be of any age."""
+    if max_age_s is None:
+        return False
+    return row.written_at is None or not -AHEAD_S <= now - row.written_at <= max_age_s
 
 
 def _refusal(feature: _Feature, status: FeatureStatus, budget_s: float) -> ModelServeError:

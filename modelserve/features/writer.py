@@ -16,7 +16,7 @@ import numpy as np
 from modelserve import plugins
 from modelserve.errors import InvalidInput
 from modelserve.features.declaration import group_problem
-from modelserve.features.layout import encoded, key_of
+from modelserve.features.layout import AHEAD_S, encoded, key_of
 from modelserve.ports import FeatureKey, FeatureRecord, FeatureRow, FeatureStore
 from modelserve.signature import columns_of
 from modelserve.signature.examples import plain
@@ -108,7 +108,10 @@ class FeatureWriter:
             raise InvalidInput("group", problem)
         if not values:
             raise InvalidInput(group, "give at least one feature")
-        return FeatureRecord(group, key_of(group, key), encoded(values), _seconds(written_at))
+        moment = _seconds(written_at)
+        if moment > self._now() + AHEAD_S:
+            raise InvalidInput("time", f"{moment:.15g} s after 1970 is yet to come; give datetimes, or seconds")
+        return FeatureRecord(group, key_of(group, key), encoded(values), moment)
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

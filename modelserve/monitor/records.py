@@ -52,7 +52,7 @@ class RecordMaker:
         """Return about how many bytes an answer holds in memory."""
         size = _size_of_text(served.request_id) + len(served.inputs) * self._fixed + _size_of_value(served.values)
         for i in self._strings:
-            size += sum(_size_of_text(row[i]) for row in served.inputs)
+            size += sum(_size_of_text(row[i]) for row in served.inputs if row)
         return size if error is None else size + _size_of_text(error)
 
     def told(self, error: BaseException) -> str:
@@ -69,7 +69,7 @@ class RecordMaker:
         Rows that were answered before their features were read are without inputs as well.
         """
         count = rows_of(served)
-        rows: Iterable[Row | None] = served.inputs or (None,) * count
+        rows: Iterable[Row] = served.inputs or ((),) * count
         values: Iterable[Json] = served.values or (None,) * count
         cached: Iterable[bool] = served.cached or (False,) * count
         degraded: Iterable[tuple[str, ...]] = served.degraded or ((),) * count
@@ -80,8 +80,8 @@ class RecordMaker:
                 index,
                 served.model_name,
                 served.version,
-                None if row is None or self._digest is None else self._digest(row).hex(),
-                None if row is None else self._inputs(row),
+                self._digest(row).hex() if row and self._digest is not None else None,
+                self._inputs(row) if row else None,
                 None if error else _prediction(value),
                 error,
                 served.latency_ms,

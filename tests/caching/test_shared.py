@@ -165,11 +165,11 @@ def test_what_fails_is_a_miss_and_soon_not_asked(error: Exception, caplog: pytes
         cache.error = error
         for _ in range(20):
             assert list(await shared.get_many(["m:a"])) == [None]
-            shared.put([CacheItem("m:b", b"1", 60.0)])
+            shared.put([CacheItem("m:b", b"1", 60.0), CacheItem("m:c", b"1", 60.0)])
             await asyncio.sleep(0.06)
         assert len(cache.reads) <= 5
         assert len(cache.writes) <= 5
-        assert (shared.unread, shared.unwritten) == (20, 20)
+        assert (shared.unread, shared.unwritten) == (20, 40)
         cache.error = None
         await asyncio.sleep(6.0)
         assert list(await shared.get_many(["m:a"])) == [b"m:a"]

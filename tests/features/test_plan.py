@@ -109,9 +109,9 @@ def test_a_row_that_was_not_read_gives_defaults(plan: FeaturePlan, unread: Any) 
     assert (found.row[2], found.degraded, found.statuses) == (9.5, ("price",), {"present": 3, unread: 1})
 
 
-@pytest.mark.parametrize("age_s", [61.0, 1e9, None])
+@pytest.mark.parametrize("age_s", [61.0, 1e9, -1e9, None])
 def test_what_is_too_old_is_stale(plan: FeaturePlan, age_s: float | None) -> None:
-    """A row older than its age limit counts for nothing, and so does one that does not say how old it is."""
+    """A row older than its age limit counts for nothing, nor does one that tells no time, or one that is far ahead."""
     found = complete(plan, REQUEST, user(3, 12.5, "pro", age_s=age_s), item(4.0))
     assert found.statuses == {"stale": 3, "present": 1}
     assert isinstance(found.refusal, BackendUnavailable)

@@ -16,18 +16,19 @@ from modelserve.errors import InvalidInput
 from modelserve.ports import FeatureRow, NoValue
 
 TIME = dt.datetime(2026, 11, 25, 10, 30, tzinfo=dt.UTC)
+NOW = TIME.timestamp() + 1000.5
 
 
 @pytest.fixture
 def writer() -> ms.FeatureWriter:
     """A writer to memory, at a moment of its own."""
-    return ms.FeatureWriter("memory://", now=lambda: 1000.5)
+    return ms.FeatureWriter("memory://", now=lambda: NOW)
 
 
 def test_a_row_is_read_as_it_was_written(writer: ms.FeatureWriter) -> None:
     """Values and the moment of writing come back; a whole number and its digits are one key."""
     writer.put("user_id", 42, {"avg": np.float32(0.5), "plan": "pro"})
-    assert writer.get("user_id", "42", ["plan", "avg", "other"]) == FeatureRow(("pro", 0.5, NoValue.MISSING), 1000.5)
+    assert writer.get("user_id", "42", ["plan", "avg", "other"]) == FeatureRow(("pro", 0.5, NoValue.MISSING), NOW)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,14 @@ def test_what_is_no_time_is_refused(writer: ms.FeatureWriter, moment: Any) -> No
     with pytest.raises(InvalidInput, match="time"):
         writer.put("user_id", 1, {"a": 1}, written_at=moment)
     assert writer.get("user_id", 1, ["a"]).written_at is None
+
+
+@pytest.mark.parametrize("moment", [NOW * 1000, NOW * 1e9, pd.Timestamp(TIME).value, NOW + 90_000])
+def test_a_time_that_is_yet_to_come_is_refused(writer: ms.FeatureWriter, moment: Any) -> None:
+    """Milliseconds or nanoseconds would be fresh for ever; a clock that is a little ahead is none of that."""
+    with pytest.raises(InvalidInput, match=r"time: .* yet to come; give datetimes, or seconds"):
+        writer.put("user_id", 1, {"a": 1}, written_at=moment)
+    writer.put("user_id", 1, {"a": 1}, written_at=NOW + 3600)
 
 
 def test_a_table_is_loaded_row_by_row(writer: ms.FeatureWriter) -> None:
@@ -71,7 +80,7 @@ def test_a_row_of_a_table_without_a_time_is_refused(writer: ms.FeatureWriter) ->
 def test_columns_are_a_table_too(writer: ms.FeatureWriter) -> None:
     """A mapping of columns, with the keys in another column than the group's name, and vectors as values."""
     assert writer.load({"id": ["a", "b"], "v": np.array([[1.0, 2.0], [3.0, 4.0]])}, "item_id", key="id") == 2
-    assert writer.get("item_id", "b", ["v"]) == FeatureRow(([3.0, 4.0],), 1000.5)
+    assert writer.get("item_id", "b", ["v"]) == FeatureRow(([3.0, 4.0],), NOW)
 
 
 @pytest.mark.parametrize(
