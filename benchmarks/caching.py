@@ -188,7 +188,9 @@ async def _served_rate(server: ms.AsyncModelServer, inputs: Sequence[Any], secon
 def _serving(folder: Path, cache: str | None) -> Iterator[tuple[ms.AsyncModelServer, asyncio.Runner]]:
     models = {MODEL: ms.ModelOptions(cache_ttl_s=3600, timeout_ms=10_000, slo_ms=5000)}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        server = ms.AsyncModelServer(open_registry(folder), models, cache_dir=folder / "cache", cache=cache)
+        server = ms.AsyncModelServer(  # unobserved: what the log and the metrics take is measured in inference_log
+            open_registry(folder), models, cache_dir=folder / "cache", cache=cache, log=False, metrics=False
+        )
         runner.run(server.start())
         try:
             yield server, runner
