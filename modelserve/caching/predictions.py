@@ -127,14 +127,18 @@ class PredictionCache:
         """Answer the rows that are not degraded as others are, and run the rest beside them."""
         whole = [i for i, names in enumerate(degraded) if not names]
         rest = [i for i, names in enumerate(degraded) if names]
+        known = None if known is None else known.among(whole)
+        running = target.pool.submit([rows[i] for i in rest], deadline)  # first: what it raises leaves nothing behind
+        others = self.answer(target, [rows[i] for i in whole], deadline, known)
+        run, (answered, hits) = await asyncio.gather(running, others)
         self._count(target, "bypass", len(rest))
-        (results, cached), run = await asyncio.gather(
-            self.answer(target, [rows[i] for i in whole], deadline, None if known is None else known.among(whole)),
-            target.pool.submit([rows[i] for i in rest], deadline),
-        )
-        answers = dict(zip(whole, zip(results, cached, strict=True), strict=True))
-        answers |= dict(zip(rest, zip(run, [False] * len(rest), strict=True), strict=True))
-        return [answers[i][0] for i in range(len(rows))], [answers[i][1] for i in range(len(rows))]
+        results: list[Result] = [_MISSING] * len(rows)
+        cached = [False] * len(rows)
+        for i, result in zip(rest, run, strict=True):
+            results[i] = result
+        for i, result, hit in zip(whole, answered, hits, strict=True):
+            results[i], cached[i] = result, hit
+        return results, cached
 
     def _look(self, target: LoadedVersion, known: Known) -> None:
         for i, key in enumerate(known.keys):

@@ -62,12 +62,12 @@ class _Kept(NamedTuple):
 
 
 class InferenceLog:
-    """Keeps what the options of each model sample; ``default`` are those of a model that has none of its own.
+    """Keeps what the options of each model sample; a model that has none of its own is sampled by default.
 
     ``key`` makes the hashes keyed. ``optional`` says that nobody asked for this very place: an account that may not
     write there turns the log off, which is told once, instead of being tried again. ``turned_off`` is called then, in
-    the thread. ``flush_s`` is how long a record waits at most while the database takes records: the most that is lost,
-    together with the time of one write, when the process is killed. ``max_rows`` and ``max_bytes`` bound what waits.
+    the thread. ``flush_s`` is how long a record waits for company before the thread turns to it; what waits then, or is
+    being written, is lost when the process is killed. ``max_rows`` and ``max_bytes`` bound it.
     """
 
     def __init__(

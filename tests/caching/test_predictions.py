@@ -366,3 +366,20 @@ def test_whatever_happens_each_gets_its_own_answer_in_time(*, steps: list[Any], 
         await crowd.judge()
 
     run(work)
+
+
+def test_a_degraded_row_that_is_refused_leaves_nothing_behind() -> None:
+    """Where there is no room for the rows that go past the cache, the request fails as others do, and is over."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target()
+        target.gate.clear()
+        waiting = target.pool.submit([(0,)] * 1024, asyncio.get_running_loop().time() + 9)
+        deadline = asyncio.get_running_loop().time() + 1
+        with pytest.raises(Overloaded):
+            await cache.answer(target.loaded, [(1,), (2,)], deadline, None, [(), ("spend",)])
+        assert not cache.counts
+        target.gate.set()
+        await waiting
+
+    run(work)

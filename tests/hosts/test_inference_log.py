@@ -206,16 +206,6 @@ def test_a_process_that_is_killed_loses_no_more_than_was_told(tmp_path: Path) ->
     assert min(lost, default=killed_at) > killed_at - FLUSH_S - 1.0  # a second for a write on a busy machine
 
 
-@pytest.fixture
-def own_postgres() -> Iterator[servers.PostgresServer]:
-    """A PostgreSQL server that may be killed."""
-    try:
-        with servers.postgres() as server:
-            yield server
-    except servers.ServerMissing as missing:
-        servers.unavailable(str(missing))
-
-
 def _execute(url: str, statement: str) -> None:
     engine = sa.create_engine(url)
     with engine.begin() as connection:
