@@ -22,7 +22,7 @@ from modelserve.asking import Askers, answered
 from modelserve.caching import PredictionCache
 from modelserve.config import ModelOptions, Settings
 from modelserve.enrich import enricher_of
-from modelserve.errors import ConfigError, InferenceFailed, InvalidInput, NotReady, in_words
+from modelserve.errors import ConfigError, DeadlineExceeded, InferenceFailed, InvalidInput, NotReady, in_words
 from modelserve.events import Observer, Observers, Served
 from modelserve.ids import uuid7_source
 from modelserve.keeper import ModelStatus
@@ -187,7 +187,8 @@ class AsyncModelServer:
             rows: Sequence[Row] = ()
             degraded, known = _NONE, None
             try:
-                deadline = self._now() + (target.timeout_s if timeout_ms is None else timeout_ms / 1000)
+                limit_s = target.timeout_s if timeout_ms is None else timeout_ms / 1000
+                deadline = self._now() + limit_s
                 cache = self._predictions if target.cache_ttl_s else None
                 if (plan := target.plan) is None or self._enricher is None:
                     rows = _validated(target, target.signature.validate, instances, where)
@@ -202,6 +203,10 @@ class AsyncModelServer:
                 else:
                     results, cached = await target.pool.submit(rows, deadline), ()
                 values = _values(results)
+            except DeadlineExceeded as error:  # it tells of what was left when the last part of the way began
+                late = DeadlineExceeded(limit_s)
+                self._served(target, request_id, len(instances), arrived, rows, degraded, error=late)
+                raise late from error
             except (Exception, asyncio.CancelledError) as error:
                 self._served(target, request_id, len(instances), arrived, rows, degraded, error=error)
                 raise

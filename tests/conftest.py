@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from blockbuster import blockbuster_ctx
 
 from modelserve.artifacts import transfer
+from modelserve.config import ModelOptions
+from modelserve.loading import LoadedVersion
 from tests import servers
 from tests.faulty_s3 import FaultyS3, behind_a_proxy
 
@@ -26,6 +29,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for fixture in _MARK_OF_FIXTURE.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(_MARK_OF_FIXTURE[fixture])
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give requests half a minute where no limit was set: a machine that halts for a second is no finding."""
+    begin = LoadedVersion.__init__
+
+    def patient(self: LoadedVersion, meta: Any, options: ModelOptions, *args: Any, **others: Any) -> None:
+        begin(self, meta, options, *args, **others)
+        if "timeout_ms" not in options.model_fields_set:
+            self.timeout_s = 30.0
+
+    monkeypatch.setattr(LoadedVersion, "__init__", patient)
 
 
 @pytest.fixture(scope="session")

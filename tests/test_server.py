@@ -108,6 +108,16 @@ async def test_a_deadline_in_the_past_is_exceeded(server: ms.AsyncModelServer) -
         await server.predict("m", {"x": [1.0]}, timeout_ms=0)
 
 
+async def test_a_deadline_is_told_as_it_was_asked_for(
+    server: ms.AsyncModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was spent before the model was asked does not make the limit that the error names smaller."""
+    now = server._now
+    monkeypatch.setattr(server, "_now", lambda: now() - 60)
+    with pytest.raises(ms.DeadlineExceeded, match="within 250 ms"):
+        await server.predict("m", {"x": [1.0]}, timeout_ms=250)
+
+
 async def test_promotion_and_rollback_reach_the_server_by_hint(
     server: ms.AsyncModelServer, registry: ms.Registry
 ) -> None:
