@@ -84,6 +84,7 @@ def _serving(folder: Path) -> Iterator[int]:
         "MODELSERVE_REGISTRY": f"sqlite:///{folder}/models.db",
         "MODELSERVE_ARTIFACTS": str(folder / "artifacts"),
         "MODELSERVE_CACHE_DIR": str(folder / "cache"),
+        "MODELSERVE_MODELS": json.dumps({flights.MODEL: {"timeout_ms": 10_000}}),  # a busy laptop may halt for a second
         "OMP_NUM_THREADS": "1",  # the trees' own threads would fight the web server for two cores
     }
     command = [sys.executable, "-m", "uvicorn", "examples.fastapi_app.app:app", "--port", str(port)]

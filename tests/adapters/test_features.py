@@ -14,6 +14,13 @@ from typing import Any
 import boto3
 import pytest
 import redis as redis_py
+from botocore.exceptions import (
+    ClientError,
+    ConnectionClosedError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ReadTimeoutError,
+)
 
 from modelserve import plugins
 from modelserve.adapters.features import dynamodb
@@ -33,6 +40,7 @@ def table(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of an empty table."""
     for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dynamodb, "_LIMIT_S", 20.0)  # a machine that halts for a second is no finding
     name = f"features-{uuid.uuid4().hex}"
     client = boto3.client("dynamodb", endpoint_url=s3_server, region_name="us-east-1")
     client.create_table(
@@ -231,6 +239,59 @@ async def test_a_write_that_is_never_taken_is_an_error(table: str, monkeypatch: 
     store._client = Throttled(store._client, 10**6)
     with pytest.raises(BackendUnavailable, match="did not take every row"):
         await asyncio.to_thread(store.write, [record(str(i), {"a": i}) for i in range(30)])
+    await store.close()
+
+
+class Failing:
+    """DynamoDB, failing with these errors before each write that it takes."""
+
+    def __init__(self, client: Any, *errors: Exception) -> None:
+        self._client = client
+        self._errors = list(errors)
+
+    def batch_write_item(self, RequestItems: Any) -> Any:  # noqa: N803  # boto3's name
+        if self._errors:
+            raise self._errors.pop(0)
+        return self._client.batch_write_item(RequestItems=RequestItems)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def refusal(code: str, status: int = 400) -> Any:
+    return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "BatchWriteItem")
+
+
+@pytest.mark.aws
+async def test_a_write_that_came_to_nothing_is_tried_again(table: str) -> None:
+    """Too little capacity, an error of the server's and a connection that breaks off cost a training job nothing."""
+    store = DynamoDbFeatures(table)
+    broken = (ReadTimeoutError(endpoint_url=""), ConnectionClosedError(endpoint_url=""))
+    busy = (refusal("ProvisionedThroughputExceededException"), refusal("InternalServerError", 500))
+    store._client = Failing(store._client, *broken, *busy)
+    await asyncio.to_thread(store.write, [record("1", {"a": 1})])
+    store._client = store._client._client
+    assert [row.values for row in await read(store, FeatureKey("user_id", "1", ("a",)))] == [(1,)]
+    await store.close()
+
+
+@pytest.mark.aws
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (refusal("AccessDeniedException"), "it refuses the credentials"),
+        (refusal("ValidationException"), "it refuses the request"),
+        (EndpointConnectionError(endpoint_url=""), "no connection"),
+        (NoCredentialsError(), "there are no credentials"),
+    ],
+)
+async def test_a_write_that_is_refused_is_told_at_once(table: str, error: Exception, said: str) -> None:
+    """What no second attempt would change is an error after the first."""
+    store = DynamoDbFeatures(table)
+    failing = store._client = Failing(store._client, error, error)
+    with pytest.raises(BackendUnavailable, match=said):
+        await asyncio.to_thread(store.write, [record("1", {"a": 1})])
+    assert failing._errors == [error]
     await store.close()
 
 

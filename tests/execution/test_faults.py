@@ -36,7 +36,9 @@ from modelserve.testing.misbehaving import (
 from modelserve.testing.replicas import NUMBER, numbers
 from tests.execution.faulty import PATH
 
-TIMEOUT_S = 1.0
+PATIENT_S, IMPATIENT_S = 20.0, 1.0
+AFTER_S = 10.0
+"""How late an answer may be: what a machine that has halted takes on its way back, and no caller that was forgotten."""
 CALLERS = 64
 TYPED = (WorkerDied, InferenceFailed, DeadlineExceeded, Overloaded, NotReady)
 pytestmark = [pytest.mark.promise("P1"), pytest.mark.promise("P2"), pytest.mark.promise("P7")]
@@ -53,6 +55,7 @@ class Crowd:
     """Callers of a pool, and the ledger of what they sent and got."""
 
     pool: Pool
+    timeout_s: float = PATIENT_S
     answered: int = 0
     errors: Counter[str] = dataclasses.field(default_factory=Counter)
 
@@ -60,8 +63,8 @@ class Crowd:
         """Send one row; check that what comes back is right or typed, and in time."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        error = await self._outcome(value, began + TIMEOUT_S)
-        assert loop.time() - began < TIMEOUT_S + 1.0
+        error = await self._outcome(value, began + self.timeout_s)
+        assert loop.time() - began < self.timeout_s + AFTER_S
         if error is None:
             self.answered += 1
         else:
@@ -87,14 +90,15 @@ class Crowd:
     async def during(self, strike: Callable[[], Any]) -> Any:
         """Have all callers ask while ``strike`` runs and until the pool is whole again."""
         over = asyncio.Event()
-        callers = [asyncio.create_task(self.keep_asking(float(i), over)) for i in range(CALLERS)]
-        await until(lambda: self.answered > CALLERS)
-        struck = await strike()
-        await until(lambda: self.whole)
-        seen = self.answered
-        await until(lambda: self.answered > seen + 10 * CALLERS)
-        over.set()
-        await asyncio.gather(*callers)
+        async with asyncio.TaskGroup() as callers:
+            for number in range(CALLERS):
+                callers.create_task(self.keep_asking(float(number), over))
+            await until(lambda: self.answered > CALLERS)
+            struck = await strike()
+            await until(lambda: self.whole)
+            seen = self.answered
+            await until(lambda: self.answered > seen + 10 * CALLERS)
+            over.set()
         return struck
 
     @property
@@ -166,7 +170,7 @@ async def test_a_worker_that_is_killed_from_outside(world: World, number: int) -
 
 async def test_a_worker_that_is_stopped_in_its_tracks(world: World) -> None:
     """A SIGSTOP looks like a hang: the callers of its batch get their deadlines, then it is killed and replaced."""
-    crowd = Crowd(world.pool)
+    crowd = Crowd(world.pool, IMPATIENT_S)
 
     async def strike() -> None:
         for number in range(len(world.pool.status().replicas)):
@@ -211,7 +215,7 @@ async def test_an_input_that_ends_its_worker(world: World, fault: float, name: s
 @pytest.mark.parametrize("fault", [LOOP, STUCK, DEAF], ids=["endless loop", "holding the lock", "deaf"])
 async def test_an_input_that_makes_its_worker_hang(world: World, fault: float) -> None:
     """Its callers get their deadlines, the worker is killed whatever it does, and another takes over."""
-    crowd = Crowd(world.pool)
+    crowd = Crowd(world.pool, IMPATIENT_S)
     await crowd.during(lambda: _strike_once(crowd, world, fault))
     assert "SIGKILL" in world.lost()[0]
     assert crowd.answered > 0
@@ -255,7 +259,8 @@ async def test_a_replacement_that_starts_slowly(world: World, tmp_path: Path) ->
     """Until it is there, two workers' callers are answered by the other one, and a lone worker's are told in time."""
     gate = tmp_path / "gate"
     world.load_options.update({"gate": str(gate)})
-    crowd = Crowd(world.pool)
+    alone = len(world.pool.status().replicas) == 1
+    crowd = Crowd(world.pool, IMPATIENT_S if alone else PATIENT_S)
 
     async def strike() -> None:
         os.kill(world.pid(), signal.SIGKILL)
@@ -267,8 +272,7 @@ async def test_a_replacement_that_starts_slowly(world: World, tmp_path: Path) ->
 
     await crowd.during(strike)
     assert len(world.lost()) == 1
-    if len(world.pool.status().replicas) == 2:
-        assert not crowd.errors
+    assert alone or not crowd.errors
 
 
 async def test_a_replacement_that_hangs_while_it_starts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,6 +267,30 @@ def test_a_worker_that_hangs_is_killed_after_its_callers_have_gone(run: Callable
     run(scenario())
 
 
+def test_a_host_that_stood_still_does_not_take_its_workers_for_hung(run: Callable[..., Any]) -> None:
+    """After a machine was halted all deadlines are over at once; the workers had no time either, and live on."""
+
+    async def scenario() -> None:
+        world = World()
+        world.batch_s = 0.3
+        pool = world.pool(hang_limit_s=1.0)
+        await pool.start(prove)
+        await asyncio.sleep(0.4)  # the next look at the workers comes before the end of the batch
+        asking = asyncio.create_task(outcome(pool, 1.0))
+        await asyncio.sleep(0.05)
+        assert world.replicas[0].batches
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        loop.jump(60)
+        await asking
+        await asyncio.sleep(3)
+        assert world.told_of(WorkerLost) == []
+        assert await ask(pool, 1.0) == [2.0]
+        await pool.stop()
+
+    run(scenario())
+
+
 def test_a_slow_batch_is_not_a_hang(run: Callable[..., Any]) -> None:
     """A batch may outlive its callers by several times what batches are known to take."""
 

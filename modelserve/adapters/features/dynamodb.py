@@ -26,6 +26,7 @@ _THREADS: Final = 8
 _PAUSE_S: Final = 0.001
 _LONGEST_PAUSE_S: Final = 0.5
 _WRITE_LIMIT_S: Final = 30.0
+_SERVER_ERROR: Final = 500
 _OPTIONS: Final = ("endpoint", "region")
 
 
@@ -95,11 +96,16 @@ class DynamoDbFeatures:
         return found | dict.fromkeys((key[_ID]["S"] for key in unread), None)
 
     def _put(self, requests: list[Any]) -> None:
+        """Write items until all are taken. To put one twice does no harm, so what came to nothing is tried again."""
         left: Any = {self._table: requests}
         give_up = time.monotonic() + _WRITE_LIMIT_S
         for pause in _pauses():
-            with self._our_errors():
-                left = self._client.batch_write_item(RequestItems=left).get("UnprocessedItems")
+            try:
+                with self._our_errors():
+                    left = self._client.batch_write_item(RequestItems=left).get("UnprocessedItems")
+            except BackendUnavailable as error:
+                if time.monotonic() + pause >= give_up or not self._may_pass(error.__cause__):
+                    raise
             if not left:
                 return
             if time.monotonic() + pause >= give_up:
@@ -138,11 +144,18 @@ class DynamoDbFeatures:
         except (self._botocore.BotoCoreError, OSError) as error:
             raise BackendUnavailable(_BACKEND, _in_a_word(error)) from error
 
+    def _may_pass(self, error: Any) -> bool:
+        """Whether the same request, sent again, may succeed: DynamoDB was reached, and was too busy or broke off."""
+        if isinstance(error, self._botocore.ClientError):
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return status >= _SERVER_ERROR or _lacks_capacity(_code(error))
+        return isinstance(error, self._botocore.ReadTimeoutError | self._botocore.ConnectionClosedError)
+
     def _refusal(self, error: Any) -> str:
-        code = str(error.response.get("Error", {}).get("Code", ""))
+        code = _code(error)
         if code == "ResourceNotFoundException":
             return f"there is no table {self._table!r}"
-        if "Throughput" in code or "Throttl" in code or code == "RequestLimitExceeded":
+        if _lacks_capacity(code):
             return "it has no capacity now"
         if "Access" in code or "Token" in code or "Signature" in code:
             return "it refuses the credentials, or what they may do"
@@ -178,6 +191,14 @@ def _pauses() -> Iterable[float]:
     """Return pauses that double, each somewhat at random: who was refused together should not come back together."""
     for i in itertools.count():
         yield min(_LONGEST_PAUSE_S, _PAUSE_S * 2.0**i) * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _lacks_capacity(code: str) -> bool:
+    return "Throughput" in code or "Throttl" in code or code == "RequestLimitExceeded"
 
 
 def _in_a_word(error: BaseException) -> str:
