@@ -10,7 +10,16 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -28,6 +37,16 @@ AUTO_BATCH_SIZE = 256
 _Replicas: TypeAlias = Annotated[int, Field(ge=1, le=64)]
 _Device: TypeAlias = Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d{1,3})?)$")]
 _DottedPath: TypeAlias = Annotated[str, Field(pattern=f"^{DOTTED_PATH}$")]
+
+
+def _named(folder: Any) -> Any:
+    """Refuse an empty text, which as a path would be the present folder."""
+    if folder == "":
+        raise ValueError("name a folder, or leave it out")
+    return folder
+
+
+_Folder: TypeAlias = Annotated[Path, BeforeValidator(_named)]
 
 
 class ModelOptions(BaseModel):
@@ -81,7 +100,7 @@ class ModelOptions(BaseModel):
     slo_ms: float = Field(default=100.0, gt=0, allow_inf_nan=False)
     start_limit_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     hang_limit_s: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    cache_ttl_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    cache_ttl_s: float = Field(default=0.0, ge=0, le=1e9)
     cache_key: Literal["merged", "request"] = "merged"
     features: Features | tuple[Features, ...] | None = None
     reload: Literal["overlap", "replace"] = "overlap"
@@ -141,11 +160,13 @@ class ModelOptions(BaseModel):
 class Settings(BaseSettings):
     """Everything a server is built from. ``models=None`` serves every model that has a production version."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="MODELSERVE_", env_nested_delimiter="__")
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix="MODELSERVE_", env_nested_delimiter="__", env_ignore_empty=True
+    )
 
     registry: str = Field(default="sqlite:///models.db", repr=False)  # it may hold a password, as that of changes may
     artifacts: str | None = Field(default=None, repr=False)
-    cache_dir: Path | None = None
+    cache_dir: _Folder | None = None
     cache_bytes: int | None = Field(default=None, ge=1)
     cache: str | None = Field(default=None, repr=False)
     changes: str | None = Field(default=None, repr=False)
@@ -156,7 +177,7 @@ class Settings(BaseSettings):
     log: str | Literal[False] | None = Field(default=None, repr=False)
     log_key: SecretStr | None = None
     metrics: bool = True
-    metrics_dir: Path | None = None
+    metrics_dir: _Folder | None = None
     models: dict[str, ModelOptions] | None = None
 
     @field_validator("log", mode="before")
@@ -181,7 +202,7 @@ class Settings(BaseSettings):
             return FromFile(**overrides)
         except ValidationError as error:
             raise ConfigError("; ".join(_complaint(each) for each in error.errors())) from error
-        except (tomllib.TOMLDecodeError, SettingsError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, SettingsError) as error:
             raise ConfigError(f"{path or 'environment'}: {error}") from error
 
     @classmethod

@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeGuard
 
 from modelserve import plugins
 from modelserve.breaker import Breaker
@@ -24,6 +24,7 @@ _Found: TypeAlias = FeatureRow | Unread | None
 READS_AT_ONCE: Final = 4
 """Reads that are under way to the store at most, those that nobody waits for any more included."""
 _ROWS_AT_ONCE: Final = 100  # of one read; DynamoDB takes no more
+_ROWS_A_CALL: Final = 10_000  # of one request at a time, so that it leaves room for others
 _ROWS_WAITING: Final = 20_000
 _GRID_S: Final = 0.001
 _PAUSE_S: Final = 1.0
@@ -116,12 +117,25 @@ class Enricher:
         began = self._loop.time()
         self._within_s = max(self._within_s, plan.budget_s)
         places = [i for i in range(len(requests)) if not (answered and answered[i])]
-        wanted = [key for i in places for key in requests[i].wanted if key is not None]
-        found = await self._read(wanted, began + plan.budget_s * _batches(wanted), deadline) if wanted else []
-        completed = _completed(plan, [requests[i] for i in places], found, self._now())
+        wanted = list(dict.fromkeys(key for i in places for key in requests[i].wanted if key is not None))
+        found = await self._read_all(wanted, began + plan.budget_s * _batches(wanted), deadline)
+        now = self._now()
+        completed = [
+            plan.complete(requests[i], [None if key is None else found[key] for key in requests[i].wanted], now)
+            for i in places
+        ]
         if completed and self._observers:
             self._tell(plan, completed, self._loop.time() - began)
         return _rows(completed, places, len(requests), where)
+
+    async def _read_all(
+        self, wanted: list[FeatureKey], end_of_budget: float, deadline: float
+    ) -> Mapping[FeatureKey, _Found]:
+        found: dict[FeatureKey, _Found] = {}
+        for start in range(0, len(wanted), _ROWS_A_CALL):
+            part = wanted[start : start + _ROWS_A_CALL]
+            found |= zip(part, await self._read(part, end_of_budget, deadline), strict=True)
+        return found
 
     async def _read(self, wanted: list[FeatureKey], end_of_budget: float, deadline: float) -> Sequence[_Found]:
         """Return what became of each row that is wanted. Raises nothing: a store that fails is not the end."""
@@ -143,7 +157,7 @@ class Enricher:
         if self._breaker.open:
             _log.info("the feature store %s answers again", self.name)
         self._breaker.succeeded()
-        return [each if isinstance(each, FeatureRow) else "error" for each in found]
+        return [each if _is_sound(each, key) else "error" for key, each in zip(wanted, found, strict=True)]
 
     def _failed(self, status: Unread, error: Exception, rows: int) -> Sequence[_Found]:
         self._last = status
@@ -178,15 +192,13 @@ def _batches(wanted: Sequence[FeatureKey]) -> int:
     return math.ceil(len(wanted) / _ROWS_AT_ONCE)
 
 
-def _completed(
-    plan: FeaturePlan, requests: Sequence[Pending], found: Sequence[_Found], now: float
-) -> Sequence[Completed]:
-    """Give each request the rows that were read for it, which are in the order in which they were wanted."""
-    rows = iter(found)
-    return [
-        plan.complete(request, [None if key is None else next(rows) for key in request.wanted], now)
-        for request in requests
-    ]
+def _is_sound(found: Any, wanted: FeatureKey) -> TypeGuard[FeatureRow]:
+    """Whether this is a row, with a value for each feature and a time or none: a store can be anybody's code."""
+    return (
+        isinstance(found, FeatureRow)
+        and len(found.values) == len(wanted.names)
+        and (found.written_at is None or isinstance(found.written_at, int | float))
+    )
 
 
 def _rows(

@@ -19,6 +19,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import redis as redis_py
 import skops.io
 import typer
 from sklearn.linear_model import LogisticRegression
@@ -713,6 +714,85 @@ def test_keys_in_a_csv_file_are_texts(
     assert invoke("features", "load", settled / "agents.csv", "--group", "agent").exit_code == 0
     statuses = [invoke("features", "get", "agent", key, "score", "--json").stdout for key in ("007", "7")]
     assert [json.loads(each)[0]["status"] for each in statuses] == ["present", "missing"]
+
+
+def test_texts_of_a_csv_file_are_themselves(
+    invoke: Invoke, redis_url: str, settled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``NA`` is a key and a country where there are texts, and no number where there are numbers; nothing is null."""
+    monkeypatch.setenv("MODELSERVE_FEATURES", redis_url)
+    rows = "code,country,score\nNA,NA,1.5\nnull,,NA\nnan,DE,\n"
+    (settled / "places.csv").write_text(rows, encoding="utf-8")
+    assert invoke("features", "load", settled / "places.csv", "--group", "place", "--key", "code").exit_code == 0
+    found = [
+        [
+            row["value"]
+            for row in json.loads(invoke("features", "get", "place", key, "country", "score", "--json").stdout)
+        ]
+        for key in ("NA", "null", "nan")
+    ]
+    assert found == [["NA", 1.5], [None, None], ["DE", None]]
+
+
+def test_a_table_without_rows_publishes_nothing(
+    invoke: Invoke, redis_url: str, settled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that has nothing to publish today has not failed."""
+    monkeypatch.setenv("MODELSERVE_FEATURES", redis_url)
+    (settled / "users.csv").write_text("user_id,spend\n", encoding="utf-8")
+    assert invoke("features", "load", settled / "users.csv", "--group", "user_id").stdout.startswith("0 rows")
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "stored"),
+    [
+        ("a=NaN", "null", None),
+        ("a=[1.5, 2]", "present", [1.5, 2]),
+        ("a=", "present", ""),
+        ("a=NaNs", "present", "NaNs"),
+    ],
+)
+def test_a_value_on_the_command_line_is_what_it_says(
+    invoke: Invoke, redis_url: str, monkeypatch: pytest.MonkeyPatch, value: str, status: str, stored: Any
+) -> None:
+    """JSON is read as JSON, NaN is no number, and the rest is text; a list can be looked at, too."""
+    monkeypatch.setenv("MODELSERVE_FEATURES", redis_url)
+    assert invoke("features", "put", "item", "sku", value).exit_code == 0
+    assert invoke("features", "get", "item", "sku", "a").exit_code == 0
+    (row,) = json.loads(invoke("features", "get", "item", "sku", "a", "--json").stdout)
+    assert (row["status"], row["value"]) == (status, stored)
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "said"),
+    [
+        ("a=1e400", 1, "a: inf cannot be stored"),
+        ("a=99999999999999999999999", 1, "a: a whole number of more than 64 bits"),
+        ("price", 2, "'price' is not KEY=VALUE"),
+        ('{"a": 1', 2, "is no JSON object"),
+        ("[1]", 2, "is not KEY=VALUE"),
+    ],
+)
+def test_a_value_that_cannot_be_stored_is_refused(
+    invoke: Invoke, redis_url: str, monkeypatch: pytest.MonkeyPatch, value: str, code: int, said: str
+) -> None:
+    """Nothing is rounded or becomes text on the way; and no other command's option is blamed."""
+    monkeypatch.setenv("MODELSERVE_FEATURES", redis_url)
+    refused = invoke("features", "put", "item", "sku", value)
+    assert refused.exit_code == code
+    assert said in refused.stderr
+    assert "--metrics" not in refused.stderr
+
+
+def test_a_time_that_is_none_is_shown(invoke: Invoke, redis_server: Any, redis_url: str) -> None:
+    """Milliseconds that somebody wrote for seconds are there to be seen."""
+    prefix = redis_url.partition("prefix=")[2]
+    with redis_py.Redis(port=redis_server.port) as client:
+        for key, moment in (("1", "1700000000000"), ("2", "1e300"), ("3", "-1e12")):
+            client.hset(f"{prefix}modelserve:features:item:{key}", mapping={"a": "1", "_ts": moment})
+            shown = invoke("features", "get", "item", key, "a", "--store", redis_url)
+            assert shown.exit_code == 0
+            assert "s after 1970" in shown.stdout
 
 
 def test_without_a_feature_store_the_command_says_how_to_name_one(invoke: Invoke) -> None:

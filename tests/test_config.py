@@ -39,6 +39,22 @@ def test_keywords_beat_the_environment_beats_the_file(config: Path, monkeypatch:
     assert (settings.models["churn"].timeout_ms, settings.models["churn"].replicas) == (300, 2)
 
 
+def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deployment that sets a variable to nothing leaves the default as it is."""
+    for name in ("METRICS_DIR", "LOG", "CACHE", "POLL_S"):
+        monkeypatch.setenv(f"MODELSERVE_{name}", "")
+    settings = Settings.load()
+    assert (settings.metrics_dir, settings.log, settings.cache, settings.poll_s) == (None, None, None, 1.0)
+
+
+def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 are a ``ConfigError`` like any other mistake in the file."""
+    path = tmp_path / "wrong.toml"
+    path.write_bytes(b'registry = "\xff"')
+    with pytest.raises(ConfigError, match=r"wrong\.toml"):
+        Settings.load(path)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -49,6 +65,9 @@ def test_keywords_beat_the_environment_beats_the_file(config: Path, monkeypatch:
         ("[models.churn]\nreplicas = [4, 1]", "models.churn.replicas: .*smaller one"),
         ("[models.churn.scaling]\nout_above = 3", "models.churn.scaling: .*never rest"),
         ("[models.churn.scaling]\nunknown = 3", "models.churn.scaling.unknown: "),
+        ('metrics_dir = ""', "metrics_dir: .*name a folder"),
+        ('cache_dir = ""', "cache_dir: .*name a folder"),
+        ("[models.churn]\ncache_ttl_s = 1e16", "models.churn.cache_ttl_s: "),
         ("not toml", "Expected"),
     ],
 )

@@ -123,6 +123,36 @@ async def test_a_row_that_many_want_is_read_once() -> None:
     assert len(store.reads) <= READS_AT_ONCE
 
 
+async def test_a_request_of_more_rows_than_may_wait_is_read_in_parts() -> None:
+    """However many rows a request has, each gets its features; a row that is named again is not read again."""
+    store = Scripted()
+    many = [*range(21_000), *range(100)]
+    async with started(store) as enricher:
+        rows, degraded = await ask(enricher, plan_for(ms.Features("user_id", ["mine"], budget_ms=5000)), *many)
+    assert rows == [(0.5, float(i)) for i in many]
+    assert degraded == ()
+    assert sum(map(len, store.reads)) == 21_000
+
+
+@pytest.mark.parametrize(
+    "found",
+    [FeatureRow((), 0.0), FeatureRow((1.0, 2.0), 0.0), FeatureRow((1.0,), "1970"), (1.0,), None],  # type: ignore[arg-type]
+    ids=["too few", "too many", "no time", "no row", "nothing"],
+)
+async def test_rows_that_are_none_are_errors_of_the_store(found: Any) -> None:
+    """What a store of somebody's own gets wrong within a row counts as an error, to which the policy applies."""
+
+    class Sloppy(Scripted):
+        async def read(self, wanted: Sequence[FeatureKey], within_s: float) -> Sequence[Any]:
+            return [found] * len(wanted)
+
+    aged = ms.Features("user_id", ["mine"], defaults={"mine": -1.0}, max_age_s=60)
+    async with started(Sloppy()) as enricher:
+        assert await ask(enricher, plan_for(aged), 1, 2) == ([(0.5, -1.0)] * 2, [("mine",)] * 2)
+        with pytest.raises(BackendUnavailable, match="could not be read"):
+            await ask(enricher, plan_for(STRICT), 1)
+
+
 # -- the budget --------------------------------------------------------------------------------------------
 
 

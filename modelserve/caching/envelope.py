@@ -4,8 +4,8 @@
 
     {"modelserve":1,"key":"churn:5f3c…","value":0.83}
 
-It is read byte for byte as it is written. What deviates in anything (another key, another form, a missing end, what
-somebody else has put there) is no value. Nothing is ever unpickled.
+All around the value is read byte for byte as it is written. What deviates there (another key, another form, a missing
+end, what somebody else has put there), or holds no JSON, is no value. Nothing is ever unpickled.
 """
 
 from __future__ import annotations

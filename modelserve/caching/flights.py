@@ -16,12 +16,14 @@ class Flight(Generic[Out]):
     last one has left it is cancelled, since nobody wants it any more.
     """
 
-    __slots__ = ("_wakes", "aboard", "deadline", "future", "keys")
+    __slots__ = ("_wakes", "aboard", "by", "deadline", "future", "keys")
 
-    def __init__(self, future: asyncio.Future[Sequence[Out]], keys: Sequence[str], deadline: float) -> None:
+    def __init__(self, future: asyncio.Future[Sequence[Out]], keys: Sequence[str], deadline: float, by: object) -> None:
         self.future = future
         self.keys = keys
         self.deadline = deadline
+        self.by = by
+        """What runs it."""
         self.aboard = 0
         self._wakes: set[asyncio.Future[None]] = set()
 
@@ -69,9 +71,11 @@ class Flights(Generic[Out]):
         """Return the place of a key in the flight that will answer it, if there is one."""
         return self._seats.get(key)
 
-    def begin(self, future: asyncio.Future[Sequence[Out]], keys: Sequence[str], deadline: float) -> Flight[Out]:
+    def begin(
+        self, future: asyncio.Future[Sequence[Out]], keys: Sequence[str], deadline: float, by: object = None
+    ) -> Flight[Out]:
         """Let others join an execution that gives one result for each of ``keys``."""
-        flight = Flight(future, keys, deadline)
+        flight = Flight(future, keys, deadline, by)
         for place, key in enumerate(keys):
             self._seats[key] = Seat(flight, place, own=False)
         return flight

@@ -19,7 +19,7 @@ from modelserve.caching.flights import Flight, Flights, Seat
 from modelserve.caching.memory import MemoryCache
 from modelserve.caching.shared import Shared
 from modelserve.caching.tiers import Tiers
-from modelserve.errors import DeadlineExceeded
+from modelserve.errors import DeadlineExceeded, NotReady
 from modelserve.execution.calls import copy_of
 from modelserve.loading import LoadedVersion
 from modelserve.ports import Cache
@@ -165,7 +165,7 @@ class PredictionCache:
             if not await self._land(seats.values(), deadline):
                 raise DeadlineExceeded(max(0.0, deadline - began))
             for i, seat in seats.items():
-                results[i] = self._result(seat, deadline)
+                results[i] = self._result(target, seat, deadline)
 
     def _board(
         self, target: LoadedVersion, rows: Sequence[Row], keys: Sequence[str], wanted: Sequence[int], deadline: float
@@ -193,7 +193,7 @@ class PredictionCache:
         """Run rows for whoever wants them: with at least the time that a request of this model has by default."""
         last = max(deadline, self._loop.time() + target.timeout_s)
         running = target.pool.submit(rows, last)
-        flight = self._flights.begin(running, keys, last)
+        flight = self._flights.begin(running, keys, last, by=target)
         running.add_done_callback(partial(self._landed, flight, target.cache_ttl_s))
         return flight
 
@@ -222,7 +222,7 @@ class PredictionCache:
         finally:
             self._flights.end(flight)  # whatever a host's own cache does, nobody is left waiting
 
-    def _result(self, seat: Seat[Result], deadline: float) -> Result:
+    def _result(self, target: LoadedVersion, seat: Seat[Result], deadline: float) -> Result:
         """Return a row's result, or ``_MISSING`` where it has to be asked for once more."""
         running = seat.flight.future
         if running.cancelled():
@@ -230,6 +230,8 @@ class PredictionCache:
         error = running.exception()
         if isinstance(error, DeadlineExceeded) and deadline > seat.flight.deadline:
             return _MISSING  # those who began it had less time
+        if isinstance(error, NotReady) and seat.flight.by is not target:
+            return _MISSING  # it was the same version, loaded before, and is going
         if error is not None:
             raise copy_of(error)
         result = running.result()[seat.place]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Final, TypeVar
 
@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger("modelserve")
 _MOST_KEYS: Final = 512  # in one round trip
+_MOST_OF_ONE: Final = 2048  # keys of one request at a time
 _MOST_WAITING: Final = 8192
 _GRID_S: Final = 0.001
 _WRITE_S: Final = 1.0
@@ -54,8 +55,14 @@ class Shared:
 
         The time is over at ``deadline``, if that is before the end of the budget.
         """
+        budget_ends = self._loop.time() + self._cache.budget_s
+        values: list[bytes | None] = []
+        for part in _parts(keys):
+            values += await self._get_part(part, budget_ends, deadline)
+        return values
+
+    async def _get_part(self, keys: Sequence[str], budget_ends: float, deadline: float) -> Sequence[bytes | None]:
         now = self._loop.time()
-        budget_ends = now + self._cache.budget_s
         found: Sequence[bytes | Exception | None] = ()
         if self._reading.lets_through(now):
             try:
@@ -74,6 +81,10 @@ class Shared:
 
     def put(self, items: Sequence[CacheItem]) -> None:
         """Have values kept, soon. Does not wait, and drops them where too many wait already."""
+        for part in _parts(items):
+            self._put_part(part)
+
+    def _put_part(self, items: Sequence[CacheItem]) -> None:
         now = self._loop.time()
         if not self._writing.lets_through(now):
             self.unwritten += len(items)
@@ -133,3 +144,8 @@ class Shared:
             self.unwritten += count
         else:
             self.unwritten += sum(each is not None for each in writing.result())
+
+
+def _parts(items: Sequence[T]) -> Iterable[Sequence[T]]:
+    """Divide what one request brings, so that none is refused for being too large for the queue."""
+    return (items[start : start + _MOST_OF_ONE] for start in range(0, len(items), _MOST_OF_ONE))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from modelserve.cli.printing import AsJson, moment, show, told
-from modelserve.cli.reading import metrics_of, read_table
+from modelserve.cli.reading import read_table, values_of
 from modelserve.config import Settings
 from modelserve.errors import ConfigError
 from modelserve.features import FeatureWriter
@@ -50,7 +50,7 @@ def get_row(
 
 
 def _shown(names: Sequence[str], row: FeatureRow) -> list[dict[str, Json]]:
-    written = None if row.written_at is None else moment(dt.datetime.fromtimestamp(row.written_at, dt.UTC))
+    written = None if row.written_at is None else _moment(row.written_at)
     return [
         {
             "feature": name,
@@ -60,6 +60,13 @@ def _shown(names: Sequence[str], row: FeatureRow) -> list[dict[str, Json]]:
         }
         for name, value in zip(names, row.values, strict=True)  # no frame
     ]
+
+
+def _moment(seconds: float) -> str:
+    try:
+        return moment(dt.datetime.fromtimestamp(seconds, dt.UTC))
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds:.15g} s after 1970"  # milliseconds, say: a publisher's mistake, which is to be seen here
 
 
 @features.command("put")
@@ -74,7 +81,7 @@ def put_row(
 ) -> None:
     """Write one row in place of the one before it, as of now."""
     with _writer(context, store) as writer:
-        writer.put(group, key, metrics_of(values))
+        writer.put(group, key, values_of(values))
     typer.echo(f"{group} {key} is written")
 
 

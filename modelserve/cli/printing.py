@@ -52,7 +52,7 @@ def _print_table(lines: list[list[str]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value in {None, ""} else printable(str(value))
+    return "-" if value is None or value == "" else printable(str(value))
 
 
 def moment(time: dt.datetime) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +42,31 @@ def metrics_of(texts: Iterable[str]) -> dict[str, Json]:
             key, value = _pair(text, "--metrics")
             metrics[key] = _json_or_text(value)
     return metrics
+
+
+def values_of(texts: Iterable[str]) -> dict[str, Json]:
+    """Merge ``name=value`` texts and JSON objects like :func:`metrics_of`, every number as it is written.
+
+    NaN and numbers that are too large are no texts: whoever stores them decides.
+    """
+    values: dict[str, Json] = {}
+    for text in texts:
+        if text.lstrip().startswith("{"):
+            found = _exactly(text)
+            if not isinstance(found, dict):
+                raise typer.BadParameter(f"{text!r} is no JSON object", param_hint="NAME=VALUE")
+            values |= found
+        else:
+            name, value = _pair(text, "NAME=VALUE")
+            values[name] = _exactly(value)
+    return values
+
+
+def _exactly(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def tags_of(texts: Iterable[str]) -> dict[str, str]:
@@ -139,7 +165,20 @@ def _read_json(path: Path) -> Json:
 
 
 def _read_csv(path: Path, texts: Sequence[str] = ()) -> Any:
-    return plugins.require("pandas").read_csv(path, dtype=dict.fromkeys(texts, str))
+    """Read a table in which an empty cell is missing, and ``NA`` among numbers; among texts that is one of them."""
+    pandas = plugins.require("pandas")
+    frame = pandas.read_csv(path, dtype=dict.fromkeys(texts, str))
+    gaps = [name for name in frame if frame[name].isna().any() and (name in texts or _holds_texts(frame[name]))]
+    if gaps:
+        as_written = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        for name in gaps:
+            frame[name] = as_written[name].astype(object).where(as_written[name] != "", None)
+    return frame
+
+
+def _holds_texts(column: Any) -> bool:
+    there = column.dropna()
+    return len(there) > 0 and all(isinstance(value, str) for value in there)
 
 
 def _read_array(path: Path) -> Any:

@@ -16,13 +16,14 @@ import orjson
 from modelserve.errors import InvalidInput
 from modelserve.features.declaration import RESERVED
 from modelserve.ports import NoValue
-from modelserve.signature.examination import is_missing
+from modelserve.signature.examination import TIMES, is_missing, plain
 from modelserve.types import Json
 
 TIME: Final = "_ts"
 MAX_KEY_BYTES: Final = 512
 AHEAD_S: Final = 86_400.0
 """How far ahead of this machine's clock a time may be. What is further is no clock's fault: milliseconds, say."""
+_LARGEST: Final = 10**MAX_KEY_BYTES
 _EXACT: Final = 2**53  # beyond it, a float stands for several whole numbers
 _SCALARS: Final = (bool, int, float, str)
 _STRICT: Final = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
@@ -35,12 +36,13 @@ def row_id(group: str, key: str) -> str:
 
 def key_of(field: str, value: Any) -> str:
     """Return the key of an entity as text: ``42``, ``42.0`` and ``"42"`` are one entity. Raises ``InvalidInput``."""
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = plain(value)
     if type(value) is float and value.is_integer() and abs(value) <= _EXACT:
         value = int(value)
     if type(value) not in (str, int):
         raise InvalidInput(field, f"expected a key, a string or a whole number, got a {type(value).__name__}")
+    if type(value) is int and abs(value) >= _LARGEST:
+        raise InvalidInput(field, f"a key that is a number has at most {MAX_KEY_BYTES} digits")
     text = str(value)
     try:
         size = len(text.encode())
@@ -82,7 +84,7 @@ def _named(name: Any) -> str:
 
 
 def _text_of(name: str, value: Any) -> bytes:
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in TIMES:
         value = value.tolist()  # Python's numbers hold each of NumPy's exactly
     if is_missing(value):
         return b"null"

@@ -19,10 +19,11 @@ from modelserve.features.declaration import group_problem
 from modelserve.features.layout import AHEAD_S, encoded, key_of
 from modelserve.ports import FeatureKey, FeatureRecord, FeatureRow, FeatureStore
 from modelserve.signature import columns_of
-from modelserve.signature.examples import plain
+from modelserve.signature.examination import plain
 
 T = TypeVar("T")
 _AT_ONCE: Final = 500
+_FAR_S: Final = 1e25  # beyond it is no time in any unit
 
 
 class FeatureWriter:
@@ -56,7 +57,7 @@ class FeatureWriter:
         before are written.
         """
         key = group if key is None else key
-        columns = columns_of(table)
+        columns = columns_of(table, least=0)  # a job may have nothing to publish today
         for name in filter(None, (key, time)):
             if name not in columns:
                 raise InvalidInput(name, f"the table has no such column; it has {', '.join(map(str, columns))[:200]}")
@@ -132,8 +133,8 @@ def _seconds(moment: Any) -> float:
     if isinstance(moment, dt.datetime) and moment == moment:  # noqa: PLR0124  # pandas' NaT is a datetime without a time
         return (moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)).timestamp()
     number = plain(moment)
-    if isinstance(number, bool) or not isinstance(number, int | float) or not np.isfinite(number):
-        raise InvalidInput("time", f"expected a datetime or Unix seconds, got {type(moment).__name__}")
+    if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < _FAR_S:
+        raise InvalidInput("time", f"expected a datetime or Unix seconds, got {moment!r:.40}")
     return float(number)
 
 

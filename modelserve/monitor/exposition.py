@@ -90,10 +90,11 @@ def add(total: Samples, samples: Samples) -> None:
 
 
 def text(samples: Samples, families: Sequence[Family]) -> str:
-    """Write samples, each under its family."""
+    """Write samples, each under its family. Those of none are left out: a process of another release has others."""
     lines: dict[str, list[str]] = {family.name: [] for family in families}
     for key, value in samples.items():
-        lines[_family_of(_name_of(key), lines)].append(f"{key} {_number(value)}")
+        if (family := lines.get(_family_of(_name_of(key), lines))) is not None:
+            family.append(f"{key} {_number(value)}")
     written = [
         "\n".join(
             (f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}", *lines[family.name], "")

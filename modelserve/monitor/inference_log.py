@@ -310,6 +310,8 @@ def log_key_of(text: str | None) -> bytes | None:
     """Return the key of the hashes. Raises ``ConfigError`` for one that is short enough to be found by trying."""
     if text is None:
         return None
+    if not isinstance(text, str):
+        raise ConfigError(f"log_key: expected a text, got {type(text).__name__}")
     key = text.encode()
     if len(key) < _SHORTEST_KEY:
         raise ConfigError(f"log_key: give at least {_SHORTEST_KEY} bytes, made at random")

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
+import re
 import threading
 import time
 import uuid
@@ -27,6 +29,8 @@ from modelserve.monitor.exposition import KEPT_S, Figures, Samples, add
 _FOLD_ABOVE: Final = 16
 _READ_AGAIN: Final = 5
 _FOLDED: Final = "ended.json"
+_DRAFT: Final = re.compile(r"(?P<process>\d+-[0-9a-f]{12})\.\d+\.draft")
+_FOREIGN: Final = (ValueError, KeyError, TypeError, AttributeError)  # what comes of a file that has another form
 
 
 class Everybody(NamedTuple):
@@ -123,7 +127,8 @@ class SharedFigures:
     def _sweep(self) -> None:
         """Remove what processes were writing when they were killed."""
         for draft in self._folder.glob("*.draft"):
-            if not self._lives(draft.name.partition(".")[0]):
+            name = _DRAFT.fullmatch(draft.name)  # the folder may hold what is none of ours
+            if name is not None and not self._lives(name["process"]):
                 draft.unlink(missing_ok=True)
 
     def _lives(self, name: str) -> bool:
@@ -143,16 +148,16 @@ class SharedFigures:
         for path in sorted(self._folder.glob("[0-9]*-*.json")):
             if path.stem not in folded:
                 alive = self._lives(path.stem)  # before it is read: what one that has ended wrote is its last word
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # gone meanwhile, or none of ours
-                    document = orjson.loads(path.read_bytes())
-                    figures = Figures(document["counts"], document["gauges"], document["unloaded"])
+                with contextlib.suppress(OSError, *_FOREIGN):  # gone meanwhile, or none of ours
+                    figures = _figures(orjson.loads(path.read_bytes()))
                     found.append(_File(path.stem, figures, path.stat().st_mtime, alive))
         return found
 
     def _read_folded(self) -> _Folded:
         try:
-            return _Folded(**orjson.loads((self._folder / _FOLDED).read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):  # not any OSError: what follows may replace it
+            document = orjson.loads((self._folder / _FOLDED).read_bytes())
+            return _Folded(_by_version(document["counts"]), _samples(document["loaded_at"]), list(document["names"]))
+        except (FileNotFoundError, *_FOREIGN):  # not any OSError: what follows may replace it
             return _Folded({}, {}, [])
 
     def _last_fold(self) -> tuple[int, int] | None:
@@ -170,6 +175,27 @@ class SharedFigures:
 
     def _path(self, suffix: str, name: str | None = None) -> Path:
         return self._folder / f"{name or self._name}.{suffix}"
+
+
+# -- what others wrote -------------------------------------------------------------------------------------
+
+
+def _figures(document: Any) -> Figures:
+    return Figures(_by_version(document["counts"]), _samples(document["gauges"]), _by_version(document["unloaded"]))
+
+
+def _by_version(document: Any) -> dict[str, Samples]:
+    return {version: _samples(each) for version, each in document.items()}
+
+
+def _samples(document: Any) -> Samples:
+    samples = {key: float(value) for key, value in document.items()}
+    if not all(map(math.isfinite, samples.values())):
+        raise ValueError("no figures")
+    return samples
+
+
+# -- folding -----------------------------------------------------------------------------------------------
 
 
 def _fold(folded: _Folded, files: Sequence[_File], now: float) -> _Folded:

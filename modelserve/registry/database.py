@@ -19,7 +19,6 @@ from modelserve import plugins
 from modelserve.errors import BackendUnavailable, ConfigError, InvalidInput, SchemaOutdated
 from modelserve.registry.tables import HEAD, VERSION_TABLE
 
-_BACKEND: Final = "registry database"
 _DRIVERS: Final = {
     "sqlite": "sqlite",
     "sqlite+pysqlite": "sqlite",
@@ -44,11 +43,12 @@ class Database:
     """Hands out connections in a transaction, on tables that are known to fit this release.
 
     Nothing is opened before first use, and a copy made by ``fork`` opens connections of its own.
-    Driver errors leave as ``BackendUnavailable``.
+    Driver errors leave as ``BackendUnavailable``, which says that it is the database of ``whose``.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = _parse(url)
+    def __init__(self, url: str, whose: str = "registry") -> None:
+        self.url = _parse(url, whose)
+        self._backend = f"{whose} database"
         self._engine = _engine(self.url)
         self._pid = os.getpid()
         self._inherited: list[Pool] = []
@@ -104,6 +104,10 @@ class Database:
                 _migrate(connection, found)
         self._schema_fits = True
 
+    def look_again(self) -> None:
+        """Take nothing for known of the tables: the next use looks whether they are there, and creates them if not."""
+        self._schema_fits = False
+
     def close(self) -> None:
         """Close the idle connections. Later use opens new ones."""
         self._leave_inherited_connections()
@@ -124,7 +128,7 @@ class Database:
     def _transaction(self, *, write: bool) -> Iterator[sa.Connection]:
         self._leave_inherited_connections()
         with (
-            _our_errors(),
+            _our_errors(self._backend),
             self._engine.connect().execution_options(modelserve_write=write) as connection,
             connection.begin(),
         ):
@@ -138,15 +142,15 @@ class Database:
         self._pid = os.getpid()
 
 
-def _parse(text: str) -> sa.URL:
+def _parse(text: str, whose: str) -> sa.URL:
     try:
         url = sa.make_url(text)
     except (sa.exc.ArgumentError, ValueError):
         # The cause is left out: it may quote a part of the password.
         hint = "special characters in it must be %-encoded" if "://" in text else "a file is sqlite:///models.db"
-        raise ConfigError(f"the registry's URL cannot be read; {hint}") from None
+        raise ConfigError(f"the {whose}'s URL cannot be read; {hint}") from None
     if url.drivername not in _DRIVERS:
-        msg = f"the registry keeps its rows in sqlite:// or postgresql://, not in {url.drivername}://"
+        msg = f"the {whose} keeps its rows in sqlite:// or postgresql://, not in {url.drivername}://"
         raise ConfigError(msg)
     url = url.set(drivername=_DRIVERS[url.drivername])
     if url.drivername == "sqlite" and not _in_memory(url) and not str(url.database).startswith("file:"):
@@ -214,7 +218,7 @@ def _migrate(connection: sa.Connection, found: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _our_errors() -> Iterator[None]:
+def _our_errors(backend: str) -> Iterator[None]:
     try:
         yield
     except sa.exc.IntegrityError:
@@ -222,9 +226,9 @@ def _our_errors() -> Iterator[None]:
     except sa.exc.DataError as error:
         raise InvalidInput("", f"the database cannot hold this: {_in_short(error)}") from error
     except sa.exc.DBAPIError as error:
-        raise BackendUnavailable(_BACKEND, _in_short(error)) from error
+        raise BackendUnavailable(backend, _in_short(error)) from error
     except sa.exc.TimeoutError as error:
-        raise BackendUnavailable(_BACKEND, "all connections are busy") from error
+        raise BackendUnavailable(backend, "all connections are busy") from error
 
 
 def _in_short(error: sa.exc.DBAPIError) -> str:

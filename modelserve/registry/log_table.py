@@ -104,10 +104,15 @@ class LogTable:
         """
         if not records:
             return
-        with self._database.write() as connection:
-            insert = _INSERT[connection.dialect.name]
-            for at in range(0, len(records), _ROWS_A_STATEMENT):
-                connection.exec_driver_sql(insert, (_document(records[at : at + _ROWS_A_STATEMENT]),))
+        try:
+            with self._database.write() as connection:
+                insert = _INSERT[connection.dialect.name]
+                for at in range(0, len(records), _ROWS_A_STATEMENT):
+                    connection.exec_driver_sql(insert, (_document(records[at : at + _ROWS_A_STATEMENT]),))
+        except BackendUnavailable:
+            if not self._shared:  # a log's own file may be moved away; a registry that is gone must not come back empty
+                self._database.look_again()
+            raise
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -134,9 +139,10 @@ class LogTable:
         for name in columns:
             if name not in _COLUMNS:
                 raise InvalidInput("columns", f"the log has no {name!r}; it has {', '.join(_COLUMNS)}")
-        _check_moment("since", since)
-        _check_moment("until", until)
-        return self._batches(_within(model_name, since, until), tuple(columns), batch_rows)
+        since = None if since is None else _in_utc("since", since)
+        until = None if until is None else _in_utc("until", until)
+        within = _within(model_name, since, until)
+        return self._batches(within, tuple(columns), batch_rows)
 
     def _batches(self, within: sa.ColumnElement[bool], names: tuple[str, ...], size: int) -> Iterator[dict[str, Any]]:
         log = inference_log.c
@@ -159,7 +165,7 @@ class LogTable:
 
     def count(self, before: dt.datetime, *, model_name: str | None = None) -> int:
         """Return how many records :meth:`prune` would remove."""
-        _check_moment("before", before)
+        before = _in_utc("before", before)
         with self._database.read() as connection:
             names = _names(connection) if model_name is None else [model_name]
             query = sa.select(sa.func.count()).select_from(inference_log)
@@ -171,7 +177,7 @@ class LogTable:
         They go in transactions of ``batch_rows`` each, so that nobody waits long for a lock; what was removed stays
         removed when it is interrupted.
         """
-        _check_moment("before", before)
+        before = _in_utc("before", before)
         with self._database.read() as connection:
             names = _names(connection) if model_name is None else [model_name]
         return sum(self._prune(_within(name, None, before), batch_rows) for name in names)
@@ -214,9 +220,14 @@ def _names(connection: sa.Connection) -> list[str]:
     return names
 
 
-def _check_moment(field: str, moment: dt.datetime | None) -> None:
-    if moment is not None and moment.tzinfo is None:
+def _in_utc(field: str, moment: dt.datetime) -> dt.datetime:
+    """Return a time in UTC. Raises ``InvalidInput`` for one without a zone, and one that is none there."""
+    if moment.tzinfo is None:
         raise InvalidInput(field, "a time without a time zone is not a moment; use an aware datetime")
+    try:
+        return moment.astimezone(dt.UTC)
+    except OverflowError:
+        raise InvalidInput(field, f"{moment} is beyond the years that there are in UTC") from None
 
 
 def _as_column(name: str, values: tuple[Any, ...]) -> Any:

@@ -189,7 +189,11 @@ class Registry:
 
         It connects to nothing yet. Raises ``ConfigError`` for a URL that cannot be read.
         """
-        return LogTable(self._database, shared=True) if url is None else LogTable(Database(url))
+        if url is None:
+            return LogTable(self._database, shared=True)
+        if not isinstance(url, str):
+            raise ConfigError(f"log: expected a database's URL, or False for no log, got {url!r:.40}")
+        return LogTable(Database(url, "inference log"))
 
     def _publisher(self, changes: str | ChangePublisher | None) -> ChangePublisher | None:
         if not isinstance(changes, str):

@@ -18,6 +18,8 @@ from modelserve.types import Array
 
 Examine: TypeAlias = Callable[[Any], Any]
 
+TIMES: Final = "mM"
+"""The kinds of NumPy's dates and durations."""
 _NUMBERS: Final = (int, float)
 _SHORT: Final = 1024  # elements: what is worth passing as arguments
 # The kinds of arrays that are taken whole; what else may fit is examined element by element.
@@ -34,6 +36,11 @@ def is_missing(value: Any) -> bool:
     """Whether a value stands for none: None, NaN, or pandas.NA, which is told by its type's name without pandas."""
     # NaN alone differs from itself. Only floats are asked: arrays answer with arrays, pandas.NA with itself.
     return value is None or (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"  # noqa: PLR0124
+
+
+def plain(value: Any) -> Any:
+    """Return a NumPy scalar as the Python value it holds; a time as it is, which in nanoseconds would be a number."""
+    return value.item() if isinstance(value, np.generic) and value.dtype.kind not in TIMES else value
 
 
 def kind_of(value: Any) -> str:
@@ -60,8 +67,9 @@ def _scalar_examiner(field: Field) -> Examine:
     convert = _converter(field)
 
     def examine(value: Any) -> Any:
-        if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
-            value = value.item()
+        if isinstance(value, np.ndarray) and value.ndim == 0:
+            value = value[()]
+        value = plain(value)
         return _missing(field) if is_missing(value) else convert(value)
 
     return examine
@@ -175,6 +183,8 @@ def _as_array(field: Field, value: Any) -> Array | None:
         value = np.stack(value)
     elif not isinstance(value, np.ndarray):
         value = _as_foreign_array(field, value)
+    if value.dtype.kind in TIMES:
+        raise InvalidInput(field.name, f"expected {field}, got {value.dtype}; give numbers or ISO strings")
     if value.shape != field.shape:
         raise InvalidInput(field.name, f"expected shape {list(field.shape)}, got {list(value.shape)}")
     return value  # type: ignore[no-any-return]

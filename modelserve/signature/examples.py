@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 
 from modelserve.errors import InvalidInput
-from modelserve.signature.examination import is_missing
+from modelserve.signature.examination import is_missing, plain
 from modelserve.signature.fields import DTYPES, Field
 from modelserve.types import Array, Json
 
 
-def columns_of(example: Any) -> dict[str, Array]:
+def columns_of(example: Any, *, least: int = 1) -> dict[str, Array]:
     """Return the columns of an example in any form that :meth:`Signature.infer` takes.
 
-    Raises ``InvalidInput`` unless they are columns of at least one row, all of the same length.
+    Raises ``InvalidInput`` unless they are columns of ``least`` rows or more, all of the same length.
     """
     columns = _columns_of(example)
-    if not columns or any(column.ndim == 0 or len(column) == 0 for column in columns.values()):
+    if not columns or any(column.ndim == 0 or len(column) < least for column in columns.values()):
         raise InvalidInput("example", "give at least one row: an array, a DataFrame or columns with rows along axis 0")
     rows = len(next(iter(columns.values())))
     for name, column in columns.items():
@@ -113,11 +113,6 @@ def _infer_object_field(name: str, column: Array, shape: tuple[int, ...]) -> Fie
 
 
 # -- single values -----------------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> Any:
-    """Return a NumPy scalar as the Python value it holds."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def json_value(value: Any) -> Json:

@@ -10,8 +10,8 @@ from modelserve.errors import InvalidInput
 from modelserve.signature.acceptance import acceptance, is_plain, picker
 from modelserve.signature.batches import stack_column
 from modelserve.signature.canonical import writer
-from modelserve.signature.examination import examiner, kind_of
-from modelserve.signature.examples import columns_of, infer_field, json_value, plain
+from modelserve.signature.examination import examiner, kind_of, plain
+from modelserve.signature.examples import columns_of, infer_field, json_value
 from modelserve.signature.fields import MAX_NAME, Field
 from modelserve.types import Array, Json, Row
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from modelserve.caching.memory import MemoryCache
 from modelserve.caching.predictions import PredictionCache
-from modelserve.errors import DeadlineExceeded, InferenceFailed, Overloaded
+from modelserve.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 from modelserve.testing.clock import VirtualTimeLoop
 from tests.caching.doubles import FaultyCache, Target, Turns
 
@@ -99,6 +99,30 @@ def test_whoever_began_it_may_go() -> None:
         target.gate.set()
         assert await asyncio.gather(*others) == [([[7]], [False])] * 4
         assert target.runs == [(7,)]
+
+    run(work)
+
+
+def test_who_joined_a_version_that_goes_is_answered_by_the_one_that_stays() -> None:
+    """A version that was replaced and promoted again has the same keys, and a pool of its own."""
+
+    async def work() -> None:
+        cache, before, now = PredictionCache.over(None), Target(), Target()
+        before.gate.clear()
+        blocking = ask(cache, before, 1)
+        await Turns.until(lambda: before.runs)
+        waiting = ask(cache, before, 7)
+        await asyncio.sleep(0)
+        joining = ask(cache, now, 7)
+        await asyncio.sleep(0)
+        assert now.runs == []
+        closing = asyncio.create_task(before.pool.close())
+        with pytest.raises(NotReady):
+            await waiting
+        assert await joining == ([[7]], [False])
+        assert now.runs == [(7,)]
+        before.gate.set()
+        await asyncio.gather(blocking, closing)
 
     run(work)
 

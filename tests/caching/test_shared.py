@@ -52,6 +52,24 @@ def test_reads_of_one_turn_are_one_round_trip() -> None:
     run(work)
 
 
+def test_a_request_of_more_keys_than_may_wait_is_kept_and_read() -> None:
+    """As many values of one request are kept as may wait; all keys are read, in several round trips."""
+
+    async def work() -> None:
+        cache = FaultyCache(budget_s=10.0)
+        shared = Shared(cache)
+        keys = [f"m:{i}" for i in range(8192)]
+        shared.put([CacheItem(key, key.encode(), 600.0) for key in keys])
+        await Turns.until(lambda: len(cache) == len(keys))
+        found = await shared.get_many([*keys, *(f"n:{i}" for i in range(1000))])
+        assert found == [*(key.encode() for key in keys), *[None] * 1000]
+        assert (shared.unread, shared.unwritten) == (0, 0)
+        assert max(map(len, cache.reads)) <= 512
+        await shared.close()
+
+    run(work)
+
+
 def test_reads_that_come_while_one_is_on_its_way_share_the_next() -> None:
     """There is one round trip at a time, however many ask."""
 

@@ -43,7 +43,9 @@ def test_a_time_may_be_written_in_many_ways(writer: ms.FeatureWriter, moment: An
     assert writer.get("user_id", 1, ["a"]).written_at == TIME.timestamp()
 
 
-@pytest.mark.parametrize("moment", ["soon", math.nan, True, [1], pd.NaT, np.datetime64("NaT")], ids=repr)
+@pytest.mark.parametrize(
+    "moment", ["soon", math.nan, True, [1], 10**400, np.timedelta64(1, "ns"), pd.NaT, np.datetime64("NaT")], ids=repr
+)
 def test_what_is_no_time_is_refused(writer: ms.FeatureWriter, moment: Any) -> None:
     """A row without a true time is not written."""
     with pytest.raises(InvalidInput, match="time"):
@@ -70,6 +72,14 @@ def test_a_table_is_loaded_row_by_row(writer: ms.FeatureWriter) -> None:
     assert writer.get("user_id", 5, ["avg"]).values == (None,)  # noqa: PD011  # no frame
 
 
+@pytest.mark.parametrize(
+    "table", [pd.DataFrame({"user_id": [], "a": []}), {"user_id": [], "a": []}], ids=["frame", "columns"]
+)
+def test_a_table_without_rows_is_nothing_to_do(writer: ms.FeatureWriter, table: Any) -> None:
+    """A job that has nothing to publish today has not failed."""
+    assert writer.load(table, "user_id") == 0
+
+
 def test_a_row_of_a_table_without_a_time_is_refused(writer: ms.FeatureWriter) -> None:
     """A time that is missing does not become now."""
     frame = pd.DataFrame({"user_id": [1, 2], "a": [1, 2], "at": [TIME, None]})
@@ -91,10 +101,32 @@ def test_columns_are_a_table_too(writer: ms.FeatureWriter) -> None:
         (lambda writer: writer.put("user_id", 1, {}), "user_id"),
         (lambda writer: writer.put("user_id", 1, {"_ts": 1}), "_ts"),
         (lambda writer: writer.put("user_id", 1, {"a": math.inf}), "a"),
+        (lambda writer: writer.put("user_id", 10**600, {"a": 1}), "user_id"),
+        (lambda writer: writer.put("user_id", 10**5000, {"a": 1}), "user_id"),
+        (lambda writer: writer.put("user_id", np.datetime64("2026-11-25", "ns"), {"a": 1}), "user_id"),
+        (lambda writer: writer.put("user_id", 1, {"a": np.datetime64("2026-11-25", "ns")}), "a"),
+        (lambda writer: writer.put("user_id", 1, {"a": np.array(["2026-11-25"], "datetime64[ns]")}), "a"),
+        (lambda writer: writer.load({"user_id": [1], "a": np.array([5], "timedelta64[ns]")}, "user_id"), "a"),
+        (lambda writer: writer.load(pd.DataFrame({"user_id": [1], "a": [pd.Timestamp(TIME)]}), "user_id"), "a"),
         (lambda writer: writer.load({"id": [1], "a": [2]}, "user_id"), "user_id"),
         (lambda writer: writer.load({"user_id": [1], "a": [2]}, "user_id", time="at"), "at"),
     ],
-    ids=["group", "no key", "no feature", "reserved", "infinite", "no key column", "no time column"],
+    ids=[
+        "group",
+        "no key",
+        "no feature",
+        "reserved",
+        "infinite",
+        "long key",
+        "endless key",
+        "date as key",
+        "date",
+        "dates",
+        "duration",
+        "pandas' date",
+        "no key column",
+        "no time column",
+    ],
 )
 def test_what_cannot_be_written_is_refused_by_name(writer: ms.FeatureWriter, call: Any, field: str) -> None:
     """The error names the feature, the entity or the column."""

@@ -195,7 +195,7 @@ def test_a_process_that_is_killed_loses_no_more_than_was_told(tmp_path: Path) ->
             answered = []
             for line in host.stdout:
                 answered.append(line.split())
-                if float(answered[-1][1]) - float(answered[0][1]) > 3.5:
+                if float(answered[-1][1]) - float(answered[0][1]) > 5.0:
                     break
             host.kill()
             killed_at = time.time()
@@ -203,7 +203,7 @@ def test_a_process_that_is_killed_loses_no_more_than_was_told(tmp_path: Path) ->
         logged = {row[0] for row in rows(registry, "request_id")}
     lost = [float(at) for request_id, at in answered if request_id not in logged]
     assert logged
-    assert min(lost, default=killed_at) > killed_at - FLUSH_S - 1.0  # a second for a write on a busy machine
+    assert min(lost, default=killed_at) > killed_at - FLUSH_S - 2.5  # for a write on a machine that may halt for a second
 
 
 def _execute(url: str, statement: str) -> None:

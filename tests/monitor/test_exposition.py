@@ -35,6 +35,12 @@ def test_samples_are_written_under_their_families() -> None:
     )
 
 
+def test_samples_of_no_family_are_left_out() -> None:
+    """What only a later release counts costs an earlier one, which shares the folder with it, nothing."""
+    samples = {"hits_total": 1.0, 'shadows_total{model="m"}': 2.0, "odd": 3.0}
+    assert text(samples, FAMILIES) == "# HELP hits_total Hits.\n# TYPE hits_total counter\nhits_total 1\n"
+
+
 def test_processes_are_merged() -> None:
     """Counts add up, of ended processes too; how things stand is merged by its own rule, of living ones alone."""
     alive = [

@@ -270,3 +270,5 @@ def test_a_short_key_is_refused() -> None:
     assert log_key_of("0123456789abcdef") == b"0123456789abcdef"
     with pytest.raises(ConfigError, match="log_key"):
         log_key_of("secret")
+    with pytest.raises(ConfigError, match="log_key: expected a text"):
+        log_key_of(b"0123456789abcdef")  # type: ignore[arg-type]

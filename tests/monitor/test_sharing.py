@@ -224,14 +224,37 @@ def test_versions_that_nobody_has_had_for_a_day_are_not_kept(tmp_path: Path) -> 
     mine.close(has)
 
 
-def test_what_is_none_of_ours_is_ignored(tmp_path: Path) -> None:
+FOREIGN = [
+    "[1, 2",
+    "[]",
+    "null",
+    '{"counts": [], "gauges": {}, "unloaded": {}}',
+    '{"counts": {"": {"hits_total": "many"}}, "gauges": {}, "unloaded": {}}',
+    '{"counts": {"": {"hits_total": null}}, "gauges": {}, "unloaded": {}}',
+    '{"counts": {"": null}, "gauges": {}, "unloaded": {}}',
+]
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+@pytest.mark.parametrize("name", ["1-foreign.json", "ended.json"])
+def test_what_is_none_of_ours_is_ignored(tmp_path: Path, name: str, text: str) -> None:
     """A damaged or foreign file costs its own figures and no more."""
     mine = SharedFigures(tmp_path)
-    (tmp_path / "1-foreign.json").write_text("[1, 2", encoding="utf-8")
-    (tmp_path / "2-foreign.json").write_text("[]", encoding="utf-8")
+    (tmp_path / name).write_text(text, encoding="utf-8")
     everybody = mine.exchange(figures(4))
     assert hits(everybody.alive + everybody.ended) == 0
     mine.close(figures(4))
+
+
+def test_drafts_of_others_are_left_alone(tmp_path: Path) -> None:
+    """A folder that is not the library's own loses nothing but what the library's processes left half-written."""
+    theirs = [tmp_path / name for name in ("essay.draft", "novel.1.draft", "7-chapter.1.draft")]
+    ours = tmp_path / "7-0123456789ab.9.draft"
+    for path in (*theirs, ours):
+        path.write_text("", encoding="utf-8")
+    SharedFigures(tmp_path).close(figures(1))
+    assert all(path.exists() for path in theirs)
+    assert not ours.exists()
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from modelserve.errors import ConfigError, InvalidInput
+from modelserve.errors import BackendUnavailable, ConfigError, InvalidInput
 from modelserve.ids import uuid7_source
 from modelserve.registry import Registry
 from modelserve.registry.log_table import LogTable
@@ -134,6 +134,9 @@ def test_a_read_that_cannot_be_is_refused(table: LogTable) -> None:
         table.read("m", since=naive)
     with pytest.raises(InvalidInput, match="before"):
         table.prune(naive)
+    beyond = dt.datetime.min.replace(tzinfo=dt.timezone(dt.timedelta(hours=1)))
+    with pytest.raises(InvalidInput, match=r"since: .* beyond the years"):
+        table.read("m", since=beyond)
 
 
 def test_pruning_takes_what_is_older(table: LogTable) -> None:
@@ -166,8 +169,23 @@ def test_a_log_may_lie_in_a_database_of_its_own(registry: Registry, tmp_path: Pa
         apart.append([record()])
         assert len(ids(apart)) == 1
     assert ids(registry.inference_log()) == []
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="the inference log keeps its rows in"):
         registry.inference_log("mysql://somewhere")
+    with pytest.raises(ConfigError, match="log: expected a database's URL, or False"):
+        registry.inference_log(url=True)  # type: ignore[arg-type]
+
+
+def test_a_log_whose_file_was_moved_away_goes_on_in_a_new_one(registry: Registry, tmp_path: Path) -> None:
+    """The attempt that finds no table fails, and is told as the log's; the next one makes the table."""
+    path = tmp_path / "log.db"
+    with registry.inference_log(f"sqlite:///{path}") as apart:
+        apart.append([record()])
+        for each in tmp_path.glob("log.db*"):
+            each.rename(tmp_path / f"old-{each.name}")
+        with pytest.raises(BackendUnavailable, match="inference log database is unavailable: no such table"):
+            apart.append([record()])
+        apart.append([record()])
+        assert len(ids(apart)) == 1
 
 
 def test_who_may_write_is_known_beforehand(table: LogTable) -> None:
