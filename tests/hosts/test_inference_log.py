@@ -203,7 +203,9 @@ def test_a_process_that_is_killed_loses_no_more_than_was_told(tmp_path: Path) ->
         logged = {row[0] for row in rows(registry, "request_id")}
     lost = [float(at) for request_id, at in answered if request_id not in logged]
     assert logged
-    assert min(lost, default=killed_at) > killed_at - FLUSH_S - 2.5  # for a write on a machine that may halt for a second
+    assert (
+        min(lost, default=killed_at) > killed_at - FLUSH_S - 2.5
+    )  # for a write on a machine that may halt for a second
 
 
 def _execute(url: str, statement: str) -> None:
