@@ -62,8 +62,11 @@ class Snapshots:
         """Note what was applied as the registry was read just now; return whether that succeeded.
 
         A later generation stays if it is another process's of a moment ago. One that was there before is of a registry
-        that has gone back since, to a backup or to nothing, and is replaced.
+        that has gone back since, to a backup or to nothing, and is replaced. A version that is only tried, and not in
+        production, is not noted.
         """
+        if not _is_live(state):
+            return True
         try:
             self._put(Snapshot(saved_at=self._now(), state=state))
         except (OSError, ValueError) as error:
@@ -148,7 +151,13 @@ def _parse(path: Path) -> Snapshot:
         each.model_name != snapshot.state.model_name for each in versions
     ):
         raise ValueError("it is of another model")
+    if not _is_live(snapshot.state):
+        raise ValueError("its version is not in production")
     return snapshot
+
+
+def _is_live(state: DeploymentState) -> bool:
+    return state.production is None or state.production.status == "production"
 
 
 def _digest(text: str) -> str:

@@ -22,7 +22,7 @@ from hypothesis.extra import numpy as st_numpy
 from modelserve.errors import InferenceFailed, InvalidInput
 from modelserve.http.openapi import inputs_schema
 from modelserve.signature import DTYPES, Field, Signature, columns_of, unstack
-from modelserve.types import Array
+from modelserve.types import SOLE_OUTPUT, Array
 
 FLOATS = ("float16", "float32", "float64")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -779,3 +779,29 @@ def test_what_is_no_answer_to_the_batch_is_refused(column: Any, problem: str) ->
     with pytest.raises(InferenceFailed, match=problem) as caught:
         unstack({"good": np.zeros(2), "bad": column}, 2)
     assert "'bad'" in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_model_that_works_in_place_leaves_the_rows_alone(rows: int) -> None:
+    """A batch is the model's own, of one row too: what was asked is still to be logged, and may be asked again."""
+    signature = Signature([Field("x", "float64", (3,)), Field("y", "float32", (2, 2)), Field("z", "float64")])
+    row = signature.validate({"x": np.ones(3), "y": np.ones((2, 2), "float32"), "z": 1.0})
+    for column in signature.stack([row] * rows).values():  # noqa: PD013  # no frame
+        column[...] = 0
+    assert signature.record(row) == {"x": [1, 1, 1], "y": [[1, 1], [1, 1]], "z": 1}
+
+
+@pytest.mark.parametrize("answer", [{1}, {1: 2.0}, 2**70, "\ud800", object()], ids=repr)
+def test_an_answer_without_a_json_form_is_a_failure(answer: Any) -> None:
+    """What cannot be sent is no answer, wherever the model runs."""
+    column = np.empty(2, dtype=object)
+    column[:] = ["fine", None]
+    column[1] = answer
+    with pytest.raises(InferenceFailed, match="no JSON form"):
+        unstack({SOLE_OUTPUT: column}, 2)
+
+
+def test_no_column_is_no_answer() -> None:
+    """A model that answers nothing answers wrongly."""
+    with pytest.raises(InferenceFailed, match="no column"):
+        unstack({}, 1)

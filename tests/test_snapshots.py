@@ -116,6 +116,14 @@ def test_any_document_survives(tmp_path_factory: pytest.TempPathFactory, documen
     assert snapshots.load()["m"].state == kept
 
 
+def test_a_version_that_is_only_tried_is_not_noted(snapshots: Snapshots) -> None:
+    """What a start without the registry serves was in production."""
+    live = state(3)
+    assert snapshots.save(live)
+    assert snapshots.save(dataclasses.replace(live, generation=4, production=version(9, status="staging")))
+    assert snapshots.load()["m"].state == live
+
+
 def test_the_higher_generation_of_a_rival_stays(snapshots: Snapshots, clock: Clock) -> None:
     """A process that is a moment behind does not undo what another one has applied."""
     snapshots.save(state(6))

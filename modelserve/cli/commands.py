@@ -365,7 +365,7 @@ class _OneVersion(Registry):
 
     def deployment(self, model_name: str) -> DeploymentState:
         state = super().deployment(model_name)
-        if self.version is None:
+        if self.version is None or (state.production is not None and state.production.version == self.version):
             return state
         return dataclasses.replace(state, production=self.get(model_name, self.version), previous=None)
 

@@ -19,9 +19,9 @@ from modelserve import plugins
 from modelserve.agreement import agrees
 from modelserve.artifacts import ArtifactStore
 from modelserve.errors import InvalidInput
-from modelserve.ports import Framework, SavedModel
+from modelserve.ports import Framework, Model, SavedModel
 from modelserve.registry.conversion import answers_of, converted
-from modelserve.signature import Signature
+from modelserve.signature import Signature, marks_missing_with_none
 from modelserve.types import Artifact, FrameworkName, Json, Row, Runtime
 
 _EXAMPLE_ROWS: Final = 8
@@ -60,7 +60,9 @@ def prepare(
     name = framework or _framework_of(model)
     adapter = plugins.framework(name)
     signature = signature or _inferred(example)
-    options = {"method": method, "trusted": list(trusted), "format": format, "factory": factory}
+    options: dict[str, Json] = {"method": method, "trusted": list(trusted), "format": format, "factory": factory}
+    if example is not None:
+        options["missing_strings"] = "none" if marks_missing_with_none(example) else "nan"
     with tempfile.TemporaryDirectory(prefix="modelserve-") as folder:
         rows = [] if example is None else signature.rows_of(example, _EXAMPLE_ROWS)
         if optimize is None:
@@ -124,9 +126,20 @@ def _proven_outputs(
     if not rows:
         return None
     answers = answers_of(loaded, signature, rows)
+    _try_another_size(loaded, signature, rows)
     if not given_as_file and not agrees(answers_of(adapter.wrap(model, saved.load_options), signature, rows), answers):
         raise InvalidInput("model", "the saved model answers the example differently from the live one")
     return answers
+
+
+def _try_another_size(model: Model, signature: Signature, rows: list[Row]) -> None:
+    """Refuse what answers batches of the example's size alone: a request brings one row, and a crowd brings many."""
+    other = rows[:1] if len(rows) > 1 else rows * 2
+    try:
+        answers_of(model, signature, other)
+    except InvalidInput as error:
+        problem = f"it answers the example's {len(rows)} rows, and not {len(other)}: {error.problem}"
+        raise InvalidInput("model", f"{problem}; every answer has one row for each row of the batch") from error
 
 
 def _put_example(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import orjson
 
 from modelserve.errors import InferenceFailed
 from modelserve.signature.fields import Field
@@ -17,7 +18,7 @@ def stack_column(field: Field, values: tuple[Any, ...]) -> Array:
         return np.array(values, dtype=field.numpy_dtype)
     if len(values) == 1:
         array: Array = values[0][np.newaxis]
-        return array if array.flags.writeable else array.copy()  # a model may work in place
+        return array.copy()  # a model may work in place, and the row is still to be logged
     return np.concatenate(values).reshape(len(values), *field.shape)
 
 
@@ -36,6 +37,8 @@ def unstack(outputs: Columns, rows: int) -> list[Json]:
 
 def check_outputs(outputs: Columns, rows: int) -> None:
     """Raise ``InferenceFailed`` unless every column is an array of ``rows`` rows, of a dtype that has a JSON form."""
+    if not outputs:
+        raise InferenceFailed("the model answered nothing: no column")
     for name, column in outputs.items():
         if not isinstance(column, np.ndarray):
             raise InferenceFailed(f"the model answered a {type(column).__name__} in {name!r}, not an array")
@@ -44,3 +47,12 @@ def check_outputs(outputs: Columns, rows: int) -> None:
             raise InferenceFailed(f"the model answered {found} for {rows} in {name!r}")
         if column.dtype.kind not in "biufUO":
             raise InferenceFailed(f"the model answered {column.dtype} in {name!r}, which has no JSON form")
+        if column.dtype.kind == "O":
+            _require_json(name, column)
+
+
+def _require_json(name: str, column: Array) -> None:
+    try:
+        orjson.dumps(column.tolist(), option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError as error:
+        raise InferenceFailed(f"the model's answer in {name!r} has no JSON form: {error}") from error

@@ -71,12 +71,21 @@ def _would_mix(array: Array, values: Sequence[Any]) -> bool:
 
 
 def _extension_column(series: Any) -> Array:
-    """Read a column of pandas' own dtypes: numbers keep their width, the rest become objects, None where missing."""
+    """Read a column of pandas' own dtypes: numbers keep their width, the rest become objects, NaN where missing."""
     dtype = getattr(series.dtype, "numpy_dtype", None)
     missing = bool(series.isna().any())
     if isinstance(dtype, np.dtype) and dtype.kind in "iufb" and (not missing or dtype.kind == "f"):
         return np.asarray(series.to_numpy(dtype=dtype, na_value=np.nan) if missing else series.to_numpy(dtype=dtype))
-    return np.asarray(series.astype(object).where(series.notna(), None), dtype=object)
+    return np.asarray(series.astype(object).where(series.notna(), np.nan), dtype=object)
+
+
+def marks_missing_with_none(example: Any) -> bool:
+    """Whether missing strings of an example are None, and none of them NaN; records have no other way to say it."""
+    if isinstance(example, list | tuple):
+        return False
+    columns = [column.ravel().tolist() for column in columns_of(example).values() if column.dtype.kind == "O"]
+    marks = {type(value) for column in columns if str in map(type, column) for value in column if is_missing(value)}
+    return marks == {type(None)}
 
 
 # -- the type of a column ----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 
+import modelserve as ms
 from modelserve.adapters.frameworks.pytorch import PyTorchFramework
 from modelserve.adapters.frameworks.pytorch.calls import choose
 from modelserve.adapters.frameworks.pytorch.expressions import check_guard, check_layout, check_size
@@ -925,3 +926,23 @@ def test_a_compiler_that_fails_is_a_load_error(tmp_path: Path, monkeypatch: pyte
     saved = _saved(tmp_path)
     with pytest.raises(LoadFailed, match=r"compile failed.*no compiler.*C\+\+ compiler"):
         FRAMEWORK.load(saved.path, saved.format, saved.load_options, Runtime(compile=True))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_model_that_answers_one_size_of_batch_is_refused(tmp_path: Path, rows: int) -> None:
+    """A squeeze that is right for the example, and wrong for one row or for many, is found before the version is."""
+
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            answers: torch.Tensor = self.linear(x)
+            return answers.squeeze() if rows > 1 else answers.mean(dim=0, keepdim=True)
+
+    with (
+        ms.Registry(f"sqlite:///{tmp_path}/models.db") as registry,
+        pytest.raises(InvalidInput, match=rf"model: it answers the example's {rows} rows, and not "),
+    ):
+        registry.register("m", "1", Squeezed(), example=np.ones((rows, 3), "float32"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,35 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import skops.io
+from sklearn.base import clone
 from sklearn.cluster import Birch, KMeans
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
-from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier, RandomForestRegressor
+from sklearn.ensemble import (
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+    RandomForestRegressor,
+    StackingClassifier,
+    VotingClassifier,
+)
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import Matern, WhiteKernel
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
+from sklearn.tree import DecisionTreeClassifier
 
+import modelserve as ms
 from modelserve.adapters.frameworks.sklearn import SklearnFramework
-from modelserve.errors import ArtifactUnsafe, InferenceFailed, InvalidInput
+from modelserve.errors import ArtifactUnsafe, InferenceFailed, InvalidInput, LoadFailed
 from modelserve.ports import Framework
 from modelserve.testing.frameworks import Case, FrameworkContract
+from modelserve.types import SOLE_OUTPUT
 
 CANCER, MALIGNANT = load_breast_cancer(return_X_y=True)
 DIABETES, PROGRESS = load_diabetes(return_X_y=True)
@@ -189,3 +206,85 @@ def test_a_tuple_of_arrays_becomes_named_outputs() -> None:
     model = FRAMEWORK.wrap(KNeighborsClassifier(2).fit(CANCER, MALIGNANT), {"method": "kneighbors"})
     outputs = model.infer({"x": CANCER[:3]})
     assert {name: column.shape for name, column in outputs.items()} == {"output_0": (3, 2), "output_1": (3, 2)}
+
+
+PLANS = pd.DataFrame({"plan": ["pro", "free", np.nan, "free", "pro", np.nan] * 10})
+PAID = [1, 0, 0, 0, 1, 0] * 10
+ENCODED = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
+FILLED = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(), LogisticRegression())
+
+
+@pytest.mark.parametrize("executor", ["thread", "process"])
+@pytest.mark.parametrize("estimator", [ENCODED, FILLED], ids=["encoded", "filled"])
+@pytest.mark.parametrize(
+    "frame",
+    [PLANS, PLANS.replace(np.nan, None), PLANS.astype("category")],
+    ids=["NaN", "None", "category"],
+)
+def test_a_missing_string_is_what_the_estimator_was_fitted_on(
+    frame: pd.DataFrame, estimator: Any, executor: str, tmp_path: Path
+) -> None:
+    """NaN and None are two things to scikit-learn; a null of a request is the one that the example has."""
+    fitted = clone(estimator).fit(frame, PAID)
+    with ms.Registry(f"sqlite:///{tmp_path}/models.db") as registry:
+        registry.register("m", "1", fitted, example=frame[:3], method="predict_proba")
+        registry.promote("m", "1")
+        options = {"m": ms.ModelOptions(executor=executor)}  # type: ignore[arg-type]
+        with ms.ModelServer(registry, options, cache_dir=tmp_path / "cache") as server:
+            answers = server.predict_many("m", [{"plan": "pro"}, {"plan": "free"}, {"plan": None}])
+    np.testing.assert_allclose([each.prediction for each in answers], fitted.predict_proba(frame[:3]))
+
+
+def test_without_a_gap_in_the_example_a_missing_string_is_nan() -> None:
+    """That is what pandas reads from a file, and what scikit-learn fills in by default; records of JSON have nulls."""
+    fitted = clone(ENCODED).fit(PLANS, PAID)
+    model = SklearnFramework().wrap(fitted, {"method": "predict_proba"})
+    found = model.infer({"plan": np.array(["pro", None], dtype=object)})[SOLE_OUTPUT]
+    np.testing.assert_allclose(found, fitted.predict_proba(PLANS[["plan"]].iloc[[0, 2]]))
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        VotingClassifier([("tree", DecisionTreeClassifier()), ("line", LogisticRegression(max_iter=500))]),
+        StackingClassifier([("tree", DecisionTreeClassifier())], LogisticRegression(), cv=3),
+        GridSearchCV(DecisionTreeClassifier(), {"max_depth": [1, 2]}, cv=3),
+        KNeighborsClassifier(algorithm="ball_tree", metric="manhattan"),
+        GaussianProcessRegressor(Matern() + WhiteKernel()),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_what_scikit_learn_is_made_of_needs_no_trust(estimator: Any, tmp_path: Path) -> None:
+    """Estimators around others, and those with trees and kernels inside, are saved and loaded by default."""
+    rows = IRIS.data.to_numpy()
+    fitted = estimator.fit(rows, IRIS.target)
+    framework = SklearnFramework()
+    saved = framework.save(fitted, tmp_path, {})
+    loaded = framework.load(saved.path, saved.format, saved.load_options)
+    np.testing.assert_allclose(loaded.infer({"x": rows})[SOLE_OUTPUT], fitted.predict(rows))
+
+
+def _archive(schema: str | None) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("other" if schema is None else "schema.json", schema or "")
+    return data.getvalue()
+
+
+def _flipped() -> bytes:
+    data = bytearray(skops.io.dumps(LinearRegression().fit(IRIS.data, IRIS.target)))
+    data[60] ^= 0xFF
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [_archive(None), _archive("{"), _archive("[]"), _archive("[" * 10_000), _archive('{"protocol": 99}'), _flipped()],
+    ids=["no schema", "cut off", "a list", "deep", "protocol", "flipped"],
+)
+def test_a_broken_file_is_refused_in_words(tmp_path: Path, data: bytes) -> None:
+    """Whatever is wrong with a file that is registered by its path, the error is the library's."""
+    path = tmp_path / "model.skops"
+    path.write_bytes(data)
+    with pytest.raises(LoadFailed, match="skops cannot read the artifact"):
+        SklearnFramework().save(path, tmp_path, {})

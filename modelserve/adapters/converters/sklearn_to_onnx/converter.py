@@ -42,7 +42,7 @@ class SklearnToOnnx:
         ``InvalidInput`` for a method that is not converted, and when there is no way at all.
         """
         method = options.get("method") or "predict"
-        wanted = _wanted(model, method, example)
+        wanted = _wanted(model, {**options, "method": method}, example)
         steps = _steps(model)
         _check_labels(steps[-1])
         problems: list[str] = []
@@ -61,12 +61,13 @@ class SklearnToOnnx:
             raise InvalidInput("optimize", f"{type(steps[-1]).__name__} cannot be converted: {'; '.join(problems)}")
 
 
-def _wanted(model: Any, method: str, example: Columns) -> Array:
+def _wanted(model: Any, options: Mapping[str, Json], example: Columns) -> Array:
     """Return what the model itself answers to the example: the form that the graph has to give."""
+    method = options["method"]
     if method not in _PLACES:
         raise InvalidInput("method", f"{method!r} is not converted, only {', '.join(_PLACES)}; leave out optimize=")
     try:
-        answer = plugins.framework("sklearn").wrap(model, {"method": method}).infer(example)
+        answer = plugins.framework("sklearn").wrap(model, options).infer(example)
     except InvalidInput:
         raise
     except Exception as error:

@@ -16,18 +16,22 @@ class SklearnModel:
     """An estimator behind the batch contract.
 
     One array input is passed as it is; scalar inputs become a DataFrame where the estimator was fitted on one (or
-    holds strings), else a matrix of shape ``(rows, inputs)``.
+    holds strings), else a matrix of shape ``(rows, inputs)``. A missing string is NaN, as in what pandas reads and by
+    scikit-learn's defaults, or with ``none_is_missing`` None: to an estimator these are two things.
     """
 
-    def __init__(self, estimator: Any, method: str) -> None:
+    def __init__(self, estimator: Any, method: str, *, none_is_missing: bool = False) -> None:
         call = None if method.startswith("_") else getattr(estimator, method, None)
         if not callable(call):
             raise InvalidInput("method", f"{type(estimator).__name__} has no method {method!r}")
         self._call = call
         self._named = hasattr(estimator, "feature_names_in_")
+        self._none_is_missing = none_is_missing
 
     def infer(self, columns: Columns) -> dict[str, Array]:
         """Answer a batch of columns, each of shape ``(rows, ...)``."""
+        if not self._none_is_missing:
+            columns = {name: _with_nan(column) for name, column in columns.items()}
         return _as_columns(self._call(self._assemble(columns)))
 
     def _assemble(self, columns: Columns) -> Any:
@@ -39,6 +43,13 @@ class SklearnModel:
         if self._named or any(array.dtype == object for array in arrays):
             return _frame(columns)
         return np.column_stack(arrays)
+
+
+def _with_nan(column: Array) -> Array:
+    if column.dtype != object:
+        return column
+    missing = np.equal(column, np.array(None, dtype=object))
+    return np.where(missing, np.nan, column) if missing.any() else column
 
 
 def _frame(columns: Columns) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from modelserve import plugins
 from modelserve.adapters.frameworks.sklearn.formats import Format
-from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed
+from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed, in_words
 from modelserve.types import Json, Runtime
 
 # What scikit-learn's own estimators are made of beyond skops's list: arrays behind a C structure and plain helper
@@ -29,13 +29,28 @@ _PARTS_OF_SKLEARN: Final = frozenset(
         "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
         "sklearn.gaussian_process._gpc._BinaryGaussianProcessClassifierLaplace",
         "sklearn.gaussian_process.kernels.ConstantKernel",
+        "sklearn.gaussian_process.kernels.DotProduct",
+        "sklearn.gaussian_process.kernels.ExpSineSquared",
+        "sklearn.gaussian_process.kernels.Exponentiation",
+        "sklearn.gaussian_process.kernels.Matern",
         "sklearn.gaussian_process.kernels.Product",
         "sklearn.gaussian_process.kernels.RBF",
+        "sklearn.gaussian_process.kernels.RationalQuadratic",
+        "sklearn.gaussian_process.kernels.Sum",
+        "sklearn.gaussian_process.kernels.WhiteKernel",
+        "sklearn.metrics._dist_metrics.ChebyshevDistance64",
         "sklearn.metrics._dist_metrics.EuclideanDistance64",
+        "sklearn.metrics._dist_metrics.ManhattanDistance64",
+        "sklearn.metrics._dist_metrics.MinkowskiDistance64",
+        "sklearn.metrics._scorer._PassthroughScorer",
+        "sklearn.model_selection._split.KFold",
+        "sklearn.model_selection._split.StratifiedKFold",
+        "sklearn.neighbors._ball_tree.BallTree",
         "sklearn.neighbors._kd_tree.KDTree",
         "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
         "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
         "sklearn.tree._tree.Tree",
+        "sklearn.utils._bunch.Bunch",
     }
 )
 
@@ -67,7 +82,7 @@ class SkopsZip(Format):
 def _dump_skops(estimator: Any, path: Path) -> None:
     try:
         _skops().dump(estimator, path)
-    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+    except Exception as error:  # whatever the parts of an estimator, which may be anybody's, raise
         problem = f"skops cannot save this {type(estimator).__name__} ({error}); format='joblib' can, as a pickle"
         raise InvalidInput("model", problem) from error
 
@@ -75,7 +90,10 @@ def _dump_skops(estimator: Any, path: Path) -> None:
 def _trusted_types(path: Path, trusted: Sequence[str]) -> list[str]:
     """Return the types to write down as trusted: what the file holds beyond skops's list, if all of it was allowed."""
     _require_zip(path)
-    found = set(_skops().get_untrusted_types(file=path))
+    try:
+        found = set(_skops().get_untrusted_types(file=path))
+    except Exception as error:  # whatever a file that is cut off, damaged or made up by somebody does to skops
+        raise LoadFailed(f"skops cannot read the artifact: {in_words(error)}") from error
     unknown = sorted(found - _PARTS_OF_SKLEARN - set(trusted))
     local = next((name for name in unknown if "<" in name or name.startswith("__main__.")), None)
     if local is not None:
