@@ -6,9 +6,13 @@ underscores: ``MODELSERVE_MODELS__CHURN__TIMEOUT_MS=200``.
 
 from __future__ import annotations
 
+import difflib
+import logging
+import os
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -33,6 +37,8 @@ from modelserve.features.declaration import Features, check_apart
 from modelserve.plugins import DOTTED_PATH
 from modelserve.types import Scaling
 
+_log = logging.getLogger("modelserve")
+_PREFIX: Final = "MODELSERVE_"
 AUTO_BATCH_SIZE = 256
 _Replicas: TypeAlias = Annotated[int, Field(ge=1, le=64)]
 _Device: TypeAlias = Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d{1,3})?)$")]
@@ -161,7 +167,7 @@ class Settings(BaseSettings):
     """Everything a server is built from. ``models=None`` serves every model that has a production version."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix="MODELSERVE_", env_nested_delimiter="__", env_ignore_empty=True
+        frozen=True, extra="forbid", env_prefix=_PREFIX, env_nested_delimiter="__", env_ignore_empty=True
     )
 
     registry: str = Field(default="sqlite:///models.db", repr=False)  # it may hold a password, as that of changes may
@@ -192,8 +198,9 @@ class Settings(BaseSettings):
 
         Raises ``ConfigError`` that names every wrong option.
         """
-        if path is not None and not Path(path).is_file():
+        if path is not None and not _is_file(Path(path)):
             raise ConfigError(f"no configuration file at {path}")
+        _tell_unknown_variables(cls.model_fields)
 
         class FromFile(cls):  # type: ignore[misc, valid-type]  # the file's path is part of a settings class
             model_config = SettingsConfigDict(toml_file=path)
@@ -216,6 +223,23 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Rank the sources: keyword arguments, environment, file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # its folder cannot be looked into, or its name is none
+        return False
+
+
+def _tell_unknown_variables(names: Collection[str]) -> None:
+    """Warn of variables that look like settings and are none. Others may use the prefix: a cluster's services do."""
+    for variable in os.environ:
+        setting = variable.upper().partition("__")[0].removeprefix(_PREFIX).lower()
+        if variable.upper().startswith(_PREFIX) and setting not in {*names, "config"}:
+            near = difflib.get_close_matches(setting, names, 1)
+            hint = f"; did you mean {_PREFIX}{near[0].upper()}?" if near else ""
+            _log.warning("%s is no setting of modelserve, and is ignored%s", variable, hint)
 
 
 def _complaint(error: Any) -> str:

@@ -130,6 +130,8 @@ class Live:
 
     def _nudge(self, model_name: str | None) -> None:
         self._heard.discard(model_name)  # before the look: what is heard from now on asks for another
+        if self._problem is not None:  # the registry is there again
+            self._look_now.set()
         keeper = None if model_name is None else self._keepers.get(model_name)
         if keeper is not None:
             keeper.look()

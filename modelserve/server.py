@@ -86,6 +86,7 @@ class AsyncModelServer:
         metrics: bool = True,
         metrics_dir: str | Path | None = None,
     ) -> None:
+        _check_options(models, poll_s=poll_s, cache_bytes=cache_bytes, cache_dir=cache_dir, metrics_dir=metrics_dir)
         self.registry = registry
         self._kept = plugins.cache(cache) if isinstance(cache, str) else cache
         self._own_kept = self._kept if isinstance(cache, str) else None
@@ -93,7 +94,8 @@ class AsyncModelServer:
         self._hints = registry.change_hints(changes) if isinstance(changes, str) else changes
         self._own_hints = self._hints if isinstance(changes, str) else None
         self._models = None if models is None else dict(models)
-        self._cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_folder()
+        # As it is now: the host may change its directory before it starts.
+        self._cache_dir = (Path(cache_dir) if cache_dir is not None else default_cache_folder()).absolute()
         self._cache_bytes = cache_bytes
         self._download_limit_s = download_limit_s
         self._cache: DiskCache | None = None
@@ -296,6 +298,8 @@ class AsyncModelServer:
         """Refuse new requests, answer the ones in flight, free everything. Safe to call twice, also at once."""
         if self._opening is None:
             return
+        if self._opening.get_loop() is not asyncio.get_running_loop() and self._opening.get_loop().is_running():
+            raise RuntimeError("close() was called in another event loop than the one that the server was started in")
         if self._closing is None:
             self._closing = asyncio.create_task(self._shut(self._opening), name="modelserve-close")
         await asyncio.shield(self._closing)
@@ -443,6 +447,20 @@ def from_settings(settings: Settings) -> dict[str, Any]:
         "metrics": settings.metrics,
         "metrics_dir": settings.metrics_dir,
     }
+
+
+def _check_options(models: Any, *, poll_s: Any, cache_bytes: Any, **folders: Any) -> None:
+    """Refuse what :class:`Settings` would refuse, and what would only be noticed once models are loaded."""
+    if not isinstance(poll_s, int | float) or not poll_s > 0:
+        raise ConfigError(f"poll_s: expected seconds, more than 0, got {poll_s!r:.40}")
+    if cache_bytes is not None and (not isinstance(cache_bytes, int) or cache_bytes < 1):
+        raise ConfigError(f"cache_bytes: expected a number of bytes, got {cache_bytes!r:.40}")
+    for option, folder in folders.items():
+        if folder == "":
+            raise ConfigError(f"{option}: name a folder, or leave it out")  # as a path it would be the present folder
+    for name, options in (models or {}).items():
+        if not isinstance(options, ModelOptions):
+            raise ConfigError(f"models.{name}: expected ModelOptions(...), got {type(options).__name__}")
 
 
 def _refuse_unmeetable(models: Mapping[str, ModelOptions], trusted_keys: Sequence[TrustedKey]) -> None:

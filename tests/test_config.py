@@ -47,6 +47,22 @@ def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert (settings.metrics_dir, settings.log, settings.cache, settings.poll_s) == (None, None, None, 1.0)
 
 
+def test_a_variable_that_is_no_setting_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A misspelt variable would change nothing in silence; those of a cluster's service are told, and harm nothing."""
+    monkeypatch.setenv("MODELSERVE_TRUSTED_KEY", '["key.pem"]')
+    monkeypatch.setenv("MODELSERVE_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("MODELSERVE_CONFIG", "modelserve.toml")
+    monkeypatch.setenv("MODELSERVE_MODELS__CHURN__TIMEOUT_MS", "300")
+    Settings.load()
+    assert len(caplog.messages) == 2
+    assert (
+        "MODELSERVE_TRUSTED_KEY is no setting of modelserve, and is ignored; did you mean MODELSERVE_TRUSTED_KEYS?"
+        in (caplog.messages)
+    )
+
+
 def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
     """Bytes that are no UTF-8 are a ``ConfigError`` like any other mistake in the file."""
     path = tmp_path / "wrong.toml"

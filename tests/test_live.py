@@ -44,7 +44,7 @@ def version(number: int) -> ModelVersion:
         conversion=None,
         metrics={},
         tags={},
-        status="staging",
+        status="production",
         created_at=YEAR,
     )
 
@@ -614,6 +614,23 @@ def test_what_is_served_is_stale_while_the_registry_cannot_be_read(tmp_path: Pat
         assert 0.9 < (world.status.stale - YEAR).total_seconds() < 1.5
         world.registry.down = False
         await asyncio.sleep(1.5)
+        assert world.status.stale is None
+
+    run(scenario)
+
+
+def test_a_hint_says_that_the_registry_is_back(tmp_path: Path) -> None:
+    """Whoever tells of a change could make one: what is served is confirmed at once, not at the next poll."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.down = True
+        await asyncio.sleep(1.5)
+        assert world.status.stale is not None
+        world.registry.down = False
+        world.registry.hint()
+        await asyncio.sleep(0.01)
         assert world.status.stale is None
 
     run(scenario)

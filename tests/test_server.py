@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -353,10 +354,57 @@ async def test_a_start_that_fails_can_be_repeated(registry: ms.Registry, tmp_pat
     """A cache folder that cannot be made is told, and does not spoil the next start."""
     (tmp_path / "cache").write_text("in the way")
     server = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache")
-    with pytest.raises(ms.BackendUnavailable):
+    with pytest.raises(ms.ConfigError, match=r"cache_dir: .*cache cannot be used"):
         await server.start()
     (tmp_path / "cache").unlink()
     async with server:
+        assert server.ready
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"poll_s": 0}, "poll_s: expected seconds"),
+        ({"poll_s": math.nan}, "poll_s: expected seconds"),
+        ({"cache_bytes": "20GB"}, "cache_bytes: expected a number of bytes"),
+        ({"cache_dir": ""}, "cache_dir: name a folder"),
+        ({"metrics_dir": ""}, "metrics_dir: name a folder"),
+        ({"models": {"m": {"timeout_ms": 5}}}, r"models.m: expected ModelOptions\(...\), got dict"),
+        ({"log": True}, "log: expected a database's URL"),
+    ],
+)
+def test_an_option_that_is_none_is_refused_at_once(
+    registry: ms.Registry, options: dict[str, Any], problem: str
+) -> None:
+    """What settings would refuse the constructor refuses too, instead of the first load."""
+    with pytest.raises(ms.ConfigError, match=problem):
+        ms.AsyncModelServer(registry, **options)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+async def test_folders_are_those_of_when_they_were_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that changes its directory before it starts has one cache and one store all the same."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    registry = ms.Registry("sqlite:///models.db", "artifacts")
+    server = ms.AsyncModelServer(registry, cache_dir="cache")
+    monkeypatch.chdir(tmp_path)
+    registry.register("m", "1", telltale(1), example=np.array([[1.0], [2.0]]))
+    registry.promote("m", "1")
+    async with server:
+        assert (await server.predict("m", {"x": [1.0]})).model_version == "1"
+    assert {"artifacts", "cache"} <= names(tmp_path / "here")
+    assert not {"artifacts", "cache"} & names(tmp_path)
+
+
+async def test_closing_from_another_loop_is_refused(registry: ms.Registry, tmp_path: Path) -> None:
+    """It would wait for ever; the server goes on, and closes where it was started."""
+    async with ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache") as server:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await asyncio.to_thread(lambda: asyncio.run(server.close()))
         assert server.ready
 
 

@@ -35,7 +35,7 @@ from modelserve.artifacts import blob, files
 from modelserve.artifacts.pruning import CacheEntry, Examined, removable
 from modelserve.artifacts.store import ArtifactStore
 from modelserve.artifacts.transfer import DOWNLOAD_LIMIT_S, Effort
-from modelserve.errors import ArtifactCorrupt, BackendUnavailable, LoadFailed
+from modelserve.errors import ArtifactCorrupt, BackendUnavailable, ConfigError, LoadFailed
 from modelserve.types import Artifact
 
 _log = logging.getLogger("modelserve")
@@ -103,8 +103,11 @@ class DiskCache:
         self._download_limit_s = download_limit_s
         self._spared = spared
         self._process = _Process()
-        with self._disk_errors():
+        try:
             self._temp.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cache_dir: {self._folder} cannot be used: {error.strerror}") from error
+        with self._disk_errors():
             files.sweep(self._temp)
 
     def fetch(self, store: ArtifactStore, artifact: Artifact, given_up: threading.Event | None = None) -> Lease:
@@ -127,7 +130,11 @@ class DiskCache:
                 raise
             process.lease(key)
         lease = Lease(path, lambda: process.release(key, held))
-        self._evict()
+        try:
+            self._evict()
+        except BaseException:
+            lease.release()
+            raise
         return lease
 
     @property

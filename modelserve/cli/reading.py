@@ -15,7 +15,7 @@ import orjson
 import typer
 
 from modelserve import plugins
-from modelserve.errors import ConfigError, InvalidInput
+from modelserve.errors import ConfigError, InvalidInput, ModelServeError
 from modelserve.signature import columns_of
 from modelserve.types import Json
 
@@ -144,7 +144,9 @@ def read_table(path: Path, *, texts: Sequence[str] = ()) -> Any:
         raise InvalidInput(str(path), f"its name must end in one of {', '.join(_READERS)}")
     try:
         return _read_csv(path, texts) if path.suffix == ".csv" else read(path)
-    except (OSError, ValueError, EOFError) as error:
+    except ModelServeError:
+        raise
+    except Exception as error:  # whatever a damaged file does to its reader
         raise InvalidInput(str(path), f"cannot be read: {error}") from error
 
 

@@ -49,7 +49,10 @@ class Database:
     def __init__(self, url: str, whose: str = "registry") -> None:
         self.url = _parse(url, whose)
         self._backend = f"{whose} database"
-        self._engine = _engine(self.url)
+        try:
+            self._engine = _engine(self.url)
+        except (sa.exc.ArgumentError, ValueError, TypeError):  # the cause is left out, as above: it may quote the URL
+            raise ConfigError(f"the {whose}'s URL has an option that cannot be used") from None
         self._pid = os.getpid()
         self._inherited: list[Pool] = []
         self._schema_fits = False
@@ -74,8 +77,9 @@ class Database:
 
     @property
     def file(self) -> Path | None:
-        """The SQLite file; None for a database that is not a file."""
-        return Path(str(self.url.database)) if self.url.drivername == "sqlite" and not _in_memory(self.url) else None
+        """The SQLite file; None for a database that is no file, or one that SQLite alone finds (``file:``)."""
+        is_file = self.url.drivername == "sqlite" and not _in_memory(self.url)
+        return Path(str(self.url.database)) if is_file and not str(self.url.database).startswith("file:") else None
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -115,6 +119,8 @@ class Database:
 
     def _require_schema(self) -> None:
         if self._schema_fits:
+            if (file := self.file) is not None and not file.exists():  # connecting would make an empty one
+                raise BackendUnavailable(self._backend, "its file is gone")
             return
         with self._transaction(write=False) as connection:
             found = _revision(connection)

@@ -59,6 +59,11 @@ def _utc_now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
 
+def _absolute(artifacts: str) -> str:
+    """Return a folder's path as it is now, like that of the database: the host may change its directory."""
+    return artifacts if "://" in artifacts else str(Path(artifacts).absolute())
+
+
 class Registry:
     """Versions of models and their way to production, in SQLite (``sqlite:///models.db``) or PostgreSQL.
 
@@ -79,7 +84,7 @@ class Registry:
         now: Callable[[], dt.datetime] = _utc_now,
     ) -> None:
         self._database = Database(url)
-        self._artifacts = artifacts
+        self._artifacts = _absolute(artifacts) if isinstance(artifacts, str) else artifacts
         self._now = now
         self._hints = Hints(self._publisher(changes))
 

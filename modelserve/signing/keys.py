@@ -48,11 +48,11 @@ def create_key_files(folder: Path) -> tuple[Path, Path]:
     The private one is readable by its owner alone. Raises ``InvalidInput`` where one of the files is there already.
     """
     private, public = folder / PRIVATE_FILE, folder / PUBLIC_FILE
-    for path in (private, public):
-        if path.exists():
-            raise InvalidInput(str(path), "is there already, and a key is never overwritten; choose another folder")
     pair = generate_keys()
     try:
+        for path in (private, public):
+            if path.exists():
+                raise InvalidInput(str(path), "is there already, and a key is never overwritten; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         _write_new(private, pair.private, 0o600)
         _write_new(public, pair.public, 0o644)

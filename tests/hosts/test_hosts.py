@@ -44,7 +44,7 @@ settings = dict(models={{"m": options}}, cache_dir="{folder}/cache")
 
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment of a host; its workers inherit the mark that they are found by."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "MODELSERVE_TEST_HOST": str(folder)}
+    return os.environ | {"PYTHONPATH": str(ROOT), "TEST_HOST_FOLDER": str(folder)}
 
 
 def program(folder: Path, text: str, name: str = "host.py") -> Path:
@@ -72,7 +72,7 @@ def workers(folder: Path) -> list[int]:
         int(line.split()[0])
         for line in listed.stdout.splitlines()
         if "modelserve.execution.worker" in line
-        and f"MODELSERVE_TEST_HOST={folder}" in line
+        and f"TEST_HOST_FOLDER={folder}" in line
         and not line.split()[1].startswith("Z")
     ]
 

@@ -249,3 +249,18 @@ def test_lost_connections_are_replaced(postgres_url: str, insert: Insert) -> Non
             interrupted.execute(sa.text("SELECT 1"))
         assert registry.models() == ["churn"]
     killer.dispose()
+
+
+def test_a_file_that_is_gone_does_not_come_back_empty(tmp_path: Path) -> None:
+    """An empty database in its place would say that there are no models; a missing one is unavailable."""
+    path = tmp_path / "models.db"
+    database = Database(f"sqlite:///{path}")
+    with database.read():
+        pass
+    path.rename(tmp_path / "moved.db")
+    with pytest.raises(BackendUnavailable, match="registry database is unavailable: its file is gone"), database.read():
+        pass
+    assert not path.exists()
+    (tmp_path / "moved.db").rename(path)
+    with database.read():
+        pass

@@ -176,13 +176,13 @@ def test_a_log_may_lie_in_a_database_of_its_own(registry: Registry, tmp_path: Pa
 
 
 def test_a_log_whose_file_was_moved_away_goes_on_in_a_new_one(registry: Registry, tmp_path: Path) -> None:
-    """The attempt that finds no table fails, and is told as the log's; the next one makes the table."""
+    """The attempt that finds no file fails, and is told as the log's; the next one makes it."""
     path = tmp_path / "log.db"
     with registry.inference_log(f"sqlite:///{path}") as apart:
         apart.append([record()])
         for each in tmp_path.glob("log.db*"):
             each.rename(tmp_path / f"old-{each.name}")
-        with pytest.raises(BackendUnavailable, match="inference log database is unavailable: no such table"):
+        with pytest.raises(BackendUnavailable, match="inference log database is unavailable: its file is gone"):
             apart.append([record()])
         apart.append([record()])
         assert len(ids(apart)) == 1

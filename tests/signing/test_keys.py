@@ -101,6 +101,7 @@ def test_what_is_no_private_key_is_refused(key: str | Path, problem: str) -> Non
         (PAIR.private, "is a private key; servers get the public one alone"),
         ("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "is no public key"),
         (_public(CURVE), "not for Ed25519"),
+        (PAIR.public + generate_keys().public, "holds several keys; give each in a text or a file of its own"),
         (Path("nowhere.pem"), "the file nowhere.pem cannot be read"),
     ],
 )

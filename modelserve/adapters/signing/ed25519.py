@@ -44,6 +44,8 @@ class Ed25519Keys:
         """Read a public key. Raises ``InvalidInput``."""
         if b"PRIVATE KEY" in pem:
             raise InvalidInput("trusted_key", "is a private key; servers get the public one alone")
+        if pem.count(b"-----BEGIN ") > 1:
+            raise InvalidInput("trusted_key", "holds several keys; give each in a text or a file of its own")
         try:
             key = self._serialization.load_pem_public_key(pem)
         except Exception as error:
