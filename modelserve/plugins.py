@@ -118,7 +118,7 @@ def framework(name: str) -> Framework:
 
     Raises ``ConfigError`` for an unknown name and ``MissingDependency`` when its package is not installed.
     """
-    return cast("Framework", resolve(framework_path(name))())
+    return cast("Framework", _adapter(framework_path(name))())
 
 
 def framework_path(name: str) -> str:
@@ -163,7 +163,7 @@ def source(name: str, url: str | None = None) -> ModelSource:
     target = _SOURCES.get(name) or _entry_point("modelserve.sources", name)
     if target is None:
         raise InvalidInput("source", f"{name!r} is no registry to import from; known: {', '.join(_SOURCES)}")
-    return cast("ModelSource", resolve(target)(url))
+    return cast("ModelSource", _adapter(target)(url))
 
 
 def keys() -> Keys:
@@ -197,7 +197,15 @@ def _by_scheme(url: str, option: str, table: Mapping[str, str], group: str) -> A
         known = ", ".join(f"{name}://" for name in sorted(table))
         named = f"there is nothing under {scheme}://" if "://" in url else "that is no URL"  # it may be a password
         raise ConfigError(f"{option}: {named}; known: {known}")
-    return resolve(target)(url)
+    return _adapter(target)(url)
+
+
+def _adapter(target: str) -> Any:
+    """Import what a table or an entry point names, which may be of a package that is broken or half removed."""
+    try:
+        return resolve(target)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ConfigError(f"{target} is installed as an adapter, and cannot be imported: {error}") from error
 
 
 def framework_of(model: object) -> str:

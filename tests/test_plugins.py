@@ -96,3 +96,11 @@ def test_a_missing_driver_answers_with_its_install_line(monkeypatch: pytest.Monk
         plugins.require("skops")
     with pytest.raises(ModuleNotFoundError):
         plugins.require("no_such_package_anywhere")
+
+
+def test_an_adapter_that_cannot_be_imported_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry point of a package that is broken names itself, instead of ending in Python's own words."""
+    for target in ("nowhere_at_all:Framework", "json:Framework"):
+        monkeypatch.setitem(plugins.FRAMEWORKS, "broken", target)
+        with pytest.raises(ConfigError, match=rf"{target} is installed as an adapter, and cannot be imported"):
+            plugins.framework("broken")

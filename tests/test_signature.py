@@ -315,6 +315,8 @@ def test_a_mapping_may_hold_columns_of_a_frame() -> None:
         ({"good": [1.0], "bad": [1 + 2j]}, "bad"),
         ({"good": [1.0], "bad": [b"bytes"]}, "bad"),
         ({"good": [1.0], "bad": np.array(["2024-01-01"], "datetime64[D]")}, "bad"),
+        ({"good": [1.0], "bad": np.ma.masked_array([1.0], [True])}, "bad"),
+        ([{"a": 1}, 3], "example"),
         ({"good": [1.0], "bad": [dt.datetime(2024, 1, 1, tzinfo=dt.UTC)]}, "bad"),
         ({"good": [1.0], "bad": [Decimal(1)]}, "bad"),
         ({"good": [1.0], "bad": [{"a": 1}]}, "bad"),

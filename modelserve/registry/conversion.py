@@ -117,7 +117,8 @@ def _answers(model: Model, columns: Columns) -> Columns:
     except ModelServeError as error:
         raise InvalidInput("example", f"the model does not answer it: {error}") from error
     except Exception as error:
-        raise InvalidInput("example", f"the model does not answer it: {in_words(error)}") from error
+        problem = in_words(error).partition("\nStack trace")[0]  # XGBoost's is of its own code
+        raise InvalidInput("example", f"the model does not answer it: {problem}") from error
     return answer
 
 

@@ -22,7 +22,7 @@ from modelserve.errors import InvalidInput
 from modelserve.ports import Framework, Model, SavedModel
 from modelserve.registry.conversion import answers_of, converted
 from modelserve.signature import Signature, marks_missing_with_none
-from modelserve.types import Artifact, FrameworkName, Json, Row, Runtime
+from modelserve.types import Artifact, Columns, FrameworkName, Json, Row, Runtime
 
 _EXAMPLE_ROWS: Final = 8
 _EXAMPLE_FORMAT: Final = "example-json"
@@ -55,6 +55,10 @@ def prepare(
     baseline: Any,
 ) -> Registration:
     """Save ``model`` (an object or the path of a saved one), prove it, and store it. Adds no row."""
+    if signature is not None and not isinstance(signature, Signature):
+        raise InvalidInput("signature", f"expected a modelserve.Signature, got a {type(signature).__name__}")
+    if not isinstance(method, str):
+        raise InvalidInput("method", f"expected the name of a method, got {method!r:.40}")
     if factory is not None and not re.fullmatch(plugins.DOTTED_PATH, factory):
         raise InvalidInput("factory", f"give it as 'package.module:callable', not {factory!r}")
     name = framework or _framework_of(model)
@@ -67,7 +71,7 @@ def prepare(
         rows = [] if example is None else signature.rows_of(example, _EXAMPLE_ROWS)
         if optimize is None:
             _refuse_idle_baseline(baseline)
-            saved = adapter.save(model, Path(folder), options, signature.stack(rows) if rows else None)
+            saved = _saved(adapter, model, Path(folder), options, signature.stack(rows) if rows else None)
             outputs, conversion = _proven_outputs(adapter, model, saved, signature, rows), None
         else:
             _refuse_idle(options, "a converted model has one format, and nothing in it has to be trusted or built")
@@ -82,6 +86,17 @@ def prepare(
             example=_put_example(store, signature, rows, outputs),
             conversion=conversion,
         )
+
+
+def _saved(
+    adapter: Framework, model: Any, folder: Path, options: Mapping[str, Json], example: Columns | None
+) -> SavedModel:
+    try:
+        return adapter.save(model, folder, options, example)
+    except OSError as error:
+        if not isinstance(model, str | Path):
+            raise
+        raise InvalidInput("model", f"{model} cannot be read: {error.strerror or error}") from error
 
 
 def _refuse_idle(options: Mapping[str, Json], problem: str) -> None:

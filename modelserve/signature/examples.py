@@ -47,6 +47,8 @@ def _frame_columns(frame: Any) -> dict[str, Array]:
 
 def _of_records(name: str, records: Sequence[Mapping[str, Any]]) -> list[Any]:
     for record in records:
+        if not isinstance(record, Mapping):
+            raise InvalidInput("example", f"not every row is a mapping: {record!r:.40}")
         if record.keys() != records[0].keys():
             odd = next(iter(record.keys() ^ records[0].keys()))
             raise InvalidInput("example", f"not every row has {odd!r}")
@@ -54,6 +56,8 @@ def _of_records(name: str, records: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def _column(name: Any, values: Any) -> Array:
+    if np.ma.is_masked(values):
+        raise InvalidInput(str(name), "a masked array; fill in what is masked: array.filled(np.nan)")
     try:
         if hasattr(values, "isna") and not isinstance(values.dtype, np.dtype):
             return _extension_column(values)

@@ -18,6 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from examples import file_types
 from modelserve.adapters.frameworks.onnx import OnnxFramework
+from modelserve.adapters.frameworks.onnx.feeds import bind
+from modelserve.adapters.frameworks.onnx.graph import Input, inputs_of
 from modelserve.config import ModelOptions
 from modelserve.errors import ArtifactUnsafe, InferenceFailed, InvalidInput, LoadError, LoadFailed, ModelServeError
 from modelserve.ports import Framework
@@ -432,3 +434,23 @@ def test_the_example_prints_the_types_of_files(tmp_path: Path, capsys: pytest.Ca
         "python",
         "json",
     ]
+
+
+def test_columns_of_numbers_are_one_matrix_whatever_they_are_called() -> None:
+    """A sole input takes the columns side by side, also where one of them has its name."""
+    matrix = [Input("x", np.dtype("float32"), (None, 3))]
+    columns = {name: np.ones(2, "float32") for name in ("x", "y", "z")}
+    assert bind(matrix, columns)["x"].shape == (2, 3)
+
+
+def test_a_size_of_minus_one_is_open() -> None:
+    """That is how old exporters write a dynamic batch axis."""
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [-1, 3])
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "old",
+        [value],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [-1, 3])],
+    )
+    (found,) = inputs_of(helper.make_model(graph))
+    assert found.shape == (None, 3)

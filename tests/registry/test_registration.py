@@ -191,3 +191,21 @@ def test_a_registry_without_a_place_for_artifacts_says_so() -> None:
     registry = ms.Registry("sqlite://")
     with pytest.raises(ms.ConfigError, match="artifacts="):
         registry.register("m", "1", LinearRegression().fit(X, Y), example=X)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"signature": "x"}, "signature"), ({"method": 3}, "method"), ({"example": [{"a": 1}, 3]}, "example")],
+)
+def test_an_option_of_another_type_is_named(registry: ms.Registry, options: dict[str, Any], field: str) -> None:
+    """What could only be a mistake is refused before anything is saved."""
+    with pytest.raises(ms.InvalidInput) as refused:
+        registry.register("m", "1", LinearRegression().fit(X, X[:, 0]), **{"example": X, **options})
+    assert refused.value.field == field
+
+
+def test_a_folder_where_a_file_should_be_is_refused(registry: ms.Registry, tmp_path: Path) -> None:
+    """A path that cannot be read as what its name says is named, with the reason."""
+    (tmp_path / "model.onnx").mkdir()
+    with pytest.raises(ms.InvalidInput, match=r"model: .*model\.onnx cannot be read"):
+        registry.register("m", "1", tmp_path / "model.onnx", example=X)

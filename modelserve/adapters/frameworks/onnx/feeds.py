@@ -18,7 +18,7 @@ def bind(inputs: Sequence[Input], columns: Columns) -> dict[str, Array]:
     Columns go to inputs of the same name, a sole column to a sole input, and several columns of numbers side by side
     to a sole input that takes a matrix. Raises ``InvalidInput`` naming what does not fit, and the fix.
     """
-    if len(inputs) == 1 and inputs[0].name not in columns:
+    if len(inputs) == 1:
         (sole,) = inputs
         if len(columns) == 1:
             name, column = next(iter(columns.items()))

@@ -130,7 +130,8 @@ def _input(value: Any) -> Input:
 
 
 def _size(dimension: Any) -> int | None:
-    return int(dimension.dim_value) if dimension.HasField("dim_value") else None
+    size = int(dimension.dim_value) if dimension.HasField("dim_value") else -1
+    return size if size >= 0 else None  # old exporters write -1 for what is open
 
 
 def _check_batch_axis(given: Input) -> None:
