@@ -319,6 +319,8 @@ class AsyncModelServer:
             if self._enricher is not None:
                 await self._enricher.start()
             loader = await self._loop.run_in_executor(self._loads, self._open_loader)
+            if await self._loop.run_in_executor(self._loads, self._snapshots.load):
+                self.registry.expect()
             self._live = Live(
                 self.registry,
                 loader,

@@ -400,6 +400,32 @@ async def test_folders_are_those_of_when_they_were_named(tmp_path: Path, monkeyp
     assert not {"artifacts", "cache"} & names(tmp_path)
 
 
+async def in_time(condition: Callable[[], bool]) -> None:
+    """Wait for what no event tells of."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.promise("P4")
+async def test_a_registry_whose_file_is_away_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
+    """A start without the file serves what was served last, says that it is stale, and goes on when it is back."""
+    database, away = tmp_path / "models.db", tmp_path / "away.db"
+    with ms.Registry(f"sqlite:///{database}") as registry:
+        registry.register("m", "1", telltale(1), example=np.array([[1.0], [2.0]]))
+        registry.promote("m", "1")
+        async with ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache", log=False) as server:
+            await in_time(lambda: any((tmp_path / "cache" / "applied").rglob("*.json")))
+    database.rename(away)
+    registry = ms.Registry(f"sqlite:///{database}", str(tmp_path / "artifacts"))
+    async with ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache", poll_s=0.05, log=False) as server:
+        assert tells((await server.predict("m", {"x": [3.0]})).prediction, 3) == 1
+        assert server.status()[0].stale is not None
+        assert not database.exists()
+        away.rename(database)
+        await in_time(lambda: server.status()[0].stale is None)
+
+
 async def test_closing_from_another_loop_is_refused(registry: ms.Registry, tmp_path: Path) -> None:
     """It would wait for ever; the server goes on, and closes where it was started."""
     async with ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache") as server:

@@ -56,6 +56,7 @@ class Database:
         self._pid = os.getpid()
         self._inherited: list[Pool] = []
         self._schema_fits = False
+        self._is_expected = False
 
     def __repr__(self) -> str:
         return f"Database({self.shown_url!r})"
@@ -84,7 +85,7 @@ class Database:
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """Open a transaction to read in. On SQLite it waits for no writer."""
-        self._require_schema()
+        self._require_schema(may_create=not self._is_expected)
         with self._transaction(write=False) as connection:
             yield connection
 
@@ -108,6 +109,10 @@ class Database:
                 _migrate(connection, found)
         self._schema_fits = True
 
+    def expect(self) -> None:
+        """Take it for granted that there are tables: readers that find none are told so, and create none."""
+        self._is_expected = True
+
     def look_again(self) -> None:
         """Take nothing for known of the tables: the next use looks whether they are there, and creates them if not."""
         self._schema_fits = False
@@ -117,13 +122,16 @@ class Database:
         self._leave_inherited_connections()
         self._engine.dispose()
 
-    def _require_schema(self) -> None:
+    def _require_schema(self, *, may_create: bool = True) -> None:
+        is_known = self._schema_fits or not may_create
+        if is_known and (file := self.file) is not None and not file.exists():  # connecting would make an empty one
+            raise BackendUnavailable(self._backend, "its file is gone")
         if self._schema_fits:
-            if (file := self.file) is not None and not file.exists():  # connecting would make an empty one
-                raise BackendUnavailable(self._backend, "its file is gone")
             return
         with self._transaction(write=False) as connection:
             found = _revision(connection)
+        if found is None and not may_create:
+            raise BackendUnavailable(self._backend, "it is empty, and was not before")
         if found is None:
             self.upgrade()
         elif found != HEAD:

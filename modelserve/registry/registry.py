@@ -104,6 +104,13 @@ class Registry:
         if isinstance(self._artifacts, ArtifactStore):
             self._artifacts.close()
 
+    def expect(self) -> None:
+        """Take an empty or missing database for one that is unavailable: what was served once came from somewhere.
+
+        Readers alone are told so; who registers a version creates the tables as ever.
+        """
+        self._database.expect()
+
     def upgrade(self) -> None:
         """Bring the tables to this release. Safe when many processes do so at once."""
         self._database.upgrade()

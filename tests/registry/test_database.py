@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import sys
@@ -264,3 +265,18 @@ def test_a_file_that_is_gone_does_not_come_back_empty(tmp_path: Path) -> None:
     (tmp_path / "moved.db").rename(path)
     with database.read():
         pass
+
+
+def test_a_database_that_is_expected_is_not_created_by_readers(registry_url: str) -> None:
+    """Where something was served before, no tables means that they are away; whoever writes may begin anew."""
+    with contextlib.closing(Database(registry_url)) as database:
+        database.expect()
+        with (
+            pytest.raises(BackendUnavailable, match=r"its file is gone|it is empty, and was not before"),
+            database.read(),
+        ):
+            pass
+        with database.write():
+            pass
+        with database.read():
+            pass
