@@ -46,7 +46,7 @@ class Framework(Protocol):
         """Write ``model`` (an object, or the path of what was written already) into ``folder``.
 
         ``options`` holds what the user asked for: ``method``, ``trusted``, ``format``, ``factory``; and where there is
-        an example, whether strings that it lacks are ``"nan"`` or ``"none"`` (``missing_strings``). ``example`` is a
+        an example, whether strings that it lacks are None in it, and not NaN (``none_is_missing``). ``example`` is a
         batch of at least one row that the model takes, for formats that record how a model is called.
         Raises ``InvalidInput`` naming the option or the input that does not fit, and ``ArtifactUnsafe`` when the safe
         format would need trust that was not given.

@@ -74,7 +74,7 @@ def converted(  # noqa: PLR0917  # each is a part of one registration
         raise InvalidInput("example", "a conversion is proven on example rows; pass example=X[:4]")
     rows = example + _baseline_rows(signature, baseline)
     _require_gaps(signature, rows)
-    original = adapter.wrap(model, {name: options.get(name) for name in ("method", "missing_strings")})
+    original = adapter.wrap(model, {name: options.get(name) for name in ("method", "none_is_missing")})
     serving = plugins.framework(converter.framework)
     wanted = [_answers(original, columns) for columns in _chunks(signature, rows)]
     failures: list[str] = []

@@ -1,7 +1,7 @@
 """From a model to what the registry keeps of it: its artifact, its signature, its golden example.
 
 A version is proven before it is registered: the artifact just written is loaded back, and must answer the example
-as the live model does. What cannot be loaded, or answers differently, never gets a row.
+as the live model does, and a batch of another size. What cannot be loaded, or answers differently, never gets a row.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def prepare(
     signature = signature or _inferred(example)
     options: dict[str, Json] = {"method": method, "trusted": list(trusted), "format": format, "factory": factory}
     if example is not None:
-        options["missing_strings"] = "none" if marks_missing_with_none(example) else "nan"
+        options["none_is_missing"] = marks_missing_with_none(example)
     with tempfile.TemporaryDirectory(prefix="modelserve-") as folder:
         rows = [] if example is None else signature.rows_of(example, _EXAMPLE_ROWS)
         if optimize is None:

@@ -36,8 +36,8 @@ class SklearnFramework:
         """
         _refuse_factory(options)
         load_options: dict[str, Json] = {"method": options.get("method") or "predict"}
-        if options.get("missing_strings") == "none":
-            load_options["missing_strings"] = "none"
+        if options.get("none_is_missing"):
+            load_options["none_is_missing"] = True
         if isinstance(model, str | Path):
             path = Path(model)
             chosen = _format(options.get("format") or _name_by_suffix(path))
@@ -50,7 +50,7 @@ class SklearnFramework:
 
     def wrap(self, model: Any, load_options: Mapping[str, Json]) -> SklearnModel:
         """Make an estimator answer batches through the method that was registered."""
-        none_is_missing = load_options.get("missing_strings") == "none"
+        none_is_missing = bool(load_options.get("none_is_missing"))
         return SklearnModel(model, load_options.get("method", "predict"), none_is_missing=none_is_missing)
 
     def load(self, path: Path, format: str, load_options: Mapping[str, Json], runtime: Runtime = SAFE) -> SklearnModel:  # noqa: A002
