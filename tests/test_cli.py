@@ -28,8 +28,9 @@ from typer.testing import CliRunner, Result
 import modelserve
 from modelserve import plugins
 from modelserve.cli.commands import app
-from modelserve.cli.reading import bytes_of, duration_of, rows_of
+from modelserve.cli.reading import bytes_of, duration_of, read_table, rows_of
 from modelserve.ports import CacheItem
+from modelserve.signature import marks_missing_with_none
 
 ROOT = Path(modelserve.__file__).parents[1]
 ROWS = pd.DataFrame({"tenure": [1, 5, 40, 60], "spend": [0.5, 1.5, 2.5, 3.5]})
@@ -734,6 +735,14 @@ def test_texts_of_a_csv_file_are_themselves(
     assert found == [["NA", 1.5], [None, None], ["DE", None]]
 
 
+def test_a_gap_in_a_csv_example_is_what_pandas_makes_of_it(tmp_path: Path) -> None:
+    """A model that was trained on such a file has seen NaN, and None is another thing to it."""
+    (tmp_path / "rows.csv").write_text("plan,age\npro,1\n,2\nNA,3\n", encoding="utf-8")
+    table = read_table(tmp_path / "rows.csv")
+    assert table["plan"].isna().tolist() == [False, True, False]
+    assert not marks_missing_with_none(table)
+
+
 def test_a_table_without_rows_publishes_nothing(
     invoke: Invoke, redis_url: str, settled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -769,7 +778,7 @@ def test_a_value_on_the_command_line_is_what_it_says(
         ("a=1e400", 1, "a: inf cannot be stored"),
         ("a=99999999999999999999999", 1, "a: a whole number of more than 64 bits"),
         ("price", 2, "'price' is not KEY=VALUE"),
-        ('{"a": 1', 2, "is no JSON object"),
+        ('{"a": 1', 2, "is not JSON"),
         ("[1]", 2, "is not KEY=VALUE"),
     ],
 )

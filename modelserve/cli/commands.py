@@ -15,7 +15,7 @@ from modelserve.cli.features import features
 from modelserve.cli.logs import log
 from modelserve.cli.predictions import predictions
 from modelserve.cli.printing import AsJson, encode, moment, pairs, printable, show, told
-from modelserve.cli.reading import metrics_of, read_table, rows_of, tags_of
+from modelserve.cli.reading import read_table, rows_of, tags_of, values_of
 from modelserve.config import ModelOptions, Settings
 from modelserve.errors import InvalidInput
 from modelserve.importing import import_model
@@ -138,7 +138,7 @@ def register(
             trusted=trusted or (),
             format=artifact_format,
             factory=factory,
-            metrics=metrics_of(metrics or ()),
+            metrics=values_of(metrics or (), "--metrics"),
             tags=tags_of(tag or ()),
             signing_key=key,
             reason=reason,

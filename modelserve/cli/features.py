@@ -81,7 +81,7 @@ def put_row(
 ) -> None:
     """Write one row in place of the one before it, as of now."""
     with _writer(context, store) as writer:
-        writer.put(group, key, values_of(values))
+        writer.put(group, key, values_of(values, "NAME=VALUE"))
     typer.echo(f"{group} {key} is written")
 
 

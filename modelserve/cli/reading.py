@@ -32,33 +32,21 @@ _TIMES: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 # -- options -----------------------------------------------------------------------------------------------
 
 
-def metrics_of(texts: Iterable[str]) -> dict[str, Json]:
-    """Merge ``key=value`` texts and JSON objects; a value that is not JSON is text."""
-    metrics: dict[str, Json] = {}
-    for text in texts:
-        if text.lstrip().startswith("{"):
-            metrics |= json_option(text, "--metrics")
-        else:
-            key, value = _pair(text, "--metrics")
-            metrics[key] = _json_or_text(value)
-    return metrics
+def values_of(texts: Iterable[str], option: str) -> dict[str, Json]:
+    """Merge ``key=value`` texts and JSON objects; a value that is not JSON is text.
 
-
-def values_of(texts: Iterable[str]) -> dict[str, Json]:
-    """Merge ``name=value`` texts and JSON objects like :func:`metrics_of`, every number as it is written.
-
-    NaN and numbers that are too large are no texts: whoever stores them decides.
+    Every number is as it is written. NaN and those that are too large are no texts: whoever stores them decides.
     """
     values: dict[str, Json] = {}
     for text in texts:
         if text.lstrip().startswith("{"):
             found = _exactly(text)
             if not isinstance(found, dict):
-                raise typer.BadParameter(f"{text!r} is no JSON object", param_hint="NAME=VALUE")
+                raise typer.BadParameter(f"{text!r} is not JSON", param_hint=option)
             values |= found
         else:
-            name, value = _pair(text, "NAME=VALUE")
-            values[name] = _exactly(value)
+            key, value = _pair(text, option)
+            values[key] = _exactly(value)
     return values
 
 
@@ -109,13 +97,6 @@ def _pair(text: str, option: str) -> tuple[str, str]:
     if not (key and equals):
         raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint=option)
     return key, value
-
-
-def _json_or_text(text: str) -> Json:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return text
 
 
 # -- rows --------------------------------------------------------------------------------------------------
@@ -174,7 +155,7 @@ def _read_csv(path: Path, texts: Sequence[str] = ()) -> Any:
     if gaps:
         as_written = pandas.read_csv(path, dtype=str, keep_default_na=False)
         for name in gaps:
-            frame[name] = as_written[name].astype(object).where(as_written[name] != "", None)
+            frame[name] = as_written[name].astype(object).where(as_written[name] != "", np.nan)  # as pandas has it
     return frame
 
 
