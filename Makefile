@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := $(wildcard modelserve tests examples benchmarks)
 
+# Test processes. Each imports PyTorch and TensorFlow and has servers of its own: about 3 GB of memory.
+JOBS ?= 2
+
 # A stamp is renewed when the list it was installed from changes.
 DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
@@ -18,8 +21,8 @@ help: ## Show this list
 demo: $(DEMO) ## Train, register, serve and hot-reload a real model (KEEP=1 leaves it running)
 	@KEEP="$(KEEP)" exec $(BIN)/python -m examples.demo
 
-test: $(DEV) ## Run every test against real servers (ARGS="-k name", ARGS=--cov)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(DEV) ## Run every test against real servers (ARGS="-k name", ARGS=--cov, JOBS=0 for one process)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(DEV) ## Check format, lint, types, imports and documentation
 	$(BIN)/ruff format --check .

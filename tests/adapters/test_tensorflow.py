@@ -26,6 +26,7 @@ from modelserve.ports import Framework
 from modelserve.registry import Registry
 from modelserve.testing.frameworks import Case, FrameworkContract
 from modelserve.types import SAFE, Runtime
+from tests.names import stable
 
 _F = TypeVar("_F")
 
@@ -346,7 +347,7 @@ def test_an_answer_that_cannot_be_served_is_refused_at_registration(tmp_path: Pa
         (Path("model.h5"), {}, "format", "load_model"),
         (Path("model.bin"), {}, "format", "cannot tell"),
     ],
-    ids=str,
+    ids=stable,
 )
 def test_options_that_do_not_fit_are_refused(
     tmp_path: Path, model: Any, options: dict[str, Any], field: str, problem: str

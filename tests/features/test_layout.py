@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from modelserve.errors import InvalidInput
 from modelserve.features.layout import decoded, encoded, key_of, row_id, time_of
 from modelserve.ports import NoValue
+from tests.names import stable
 
 SCALARS = st.one_of(
     st.none(),
@@ -48,7 +49,7 @@ def test_arrays_are_lists_and_what_is_missing_is_null() -> None:
     "value",
     [math.inf, -math.inf, [1.0, math.inf], np.array([math.inf]), {"a": 1}, object(), b"bytes", 2**64, "\ud800",
      dt.datetime(2026, 1, 1, tzinfo=dt.UTC), pd.Timestamp("2026-01-01"), 1j, [None, "a", {}], (1, 2)],
-    ids=repr,
+    ids=stable,
 )  # fmt: skip
 def test_what_would_come_back_as_something_else_is_refused(value: Any) -> None:
     """The error names the feature."""

@@ -38,7 +38,12 @@ def subjects() -> dict[str, Subject]:
         ),
         Subject("trees", trees, array[:4], "predict", {"x": [0.5, -1.5, 2, 0.25]}, lambda row: _tree(trees, row["x"])),
         Subject(
-            "tiles", absolute, tensor, "transform", {"x": [[1, -2.5, 3], [-4, 5, -6]]}, lambda row: np.abs(row["x"])
+            "tiles",
+            absolute,
+            tensor,
+            "transform",
+            {"x": [[1, -2.5, 3], [-4, 5, -6]]},
+            lambda row: np.abs(np.asarray(row["x"], float)),  # of floats: that of the least integer is no integer
         ),
         Subject(AWKWARD, absolute, np.array([1.0, 2.0]), "transform", {"x": -1.5}, lambda row: [abs(row["x"])]),
     ]
