@@ -22,6 +22,22 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
+class AnswersAsGiven(Protocol):
+    """What a :class:`Model` may have besides: being asked as its owner asks it, with nothing in between.
+
+    Registration compares this with what is served. A model without it is compared behind the batch contract only.
+    """
+
+    def answer_as_given(self, example: Any) -> Columns:
+        """Answer example rows in the form in which their owner has them, by the method that was registered.
+
+        ``example`` is of any form that :meth:`modelserve.Signature.infer` reads. Raises anything where the model does
+        not take such rows.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class SavedModel:
     """What a framework adapter leaves after saving: a file or a folder, its format, and what it takes to read it again.
@@ -45,9 +61,10 @@ class Framework(Protocol):
     def save(self, model: Any, folder: Path, options: Mapping[str, Json], example: Columns | None = None) -> SavedModel:
         """Write ``model`` (an object, or the path of what was written already) into ``folder``.
 
-        ``options`` holds what the user asked for: ``method``, ``trusted``, ``format``, ``factory``; and where there is
-        an example, whether strings that it lacks are None in it, and not NaN (``none_is_missing``). ``example`` is a
-        batch of at least one row that the model takes, for formats that record how a model is called.
+        ``options`` holds what the user asked for: ``method``, ``trusted``, ``format``, ``factory``; and as
+        ``missing_strings`` what stands for a missing string to the model, by input, as far as that is known: one of
+        :data:`modelserve.signature.MARKS`. ``example`` is a batch of at least one row that the model takes, for formats
+        that record how a model is called.
         Raises ``InvalidInput`` naming the option or the input that does not fit, and ``ArtifactUnsafe`` when the safe
         format would need trust that was not given.
         """

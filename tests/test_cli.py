@@ -30,7 +30,7 @@ from modelserve import plugins
 from modelserve.cli.commands import app
 from modelserve.cli.reading import bytes_of, duration_of, read_table, rows_of
 from modelserve.ports import CacheItem
-from modelserve.signature import marks_missing_with_none
+from modelserve.signature import columns_of, marks_in
 
 ROOT = Path(modelserve.__file__).parents[1]
 ROWS = pd.DataFrame({"tenure": [1, 5, 40, 60], "spend": [0.5, 1.5, 2.5, 3.5]})
@@ -740,7 +740,7 @@ def test_a_gap_in_a_csv_example_is_what_pandas_makes_of_it(tmp_path: Path) -> No
     (tmp_path / "rows.csv").write_text("plan,age\npro,1\n,2\nNA,3\n", encoding="utf-8")
     table = read_table(tmp_path / "rows.csv")
     assert table["plan"].isna().tolist() == [False, True, False]
-    assert not marks_missing_with_none(table)
+    assert marks_in(columns_of(table)["plan"]) == {"NaN"}
 
 
 def test_a_table_without_rows_publishes_nothing(

@@ -245,6 +245,57 @@ def test_a_missing_value_in_the_example_makes_its_input_nullable() -> None:
     )
 
 
+def test_a_frame_says_what_is_missing_in_its_strings() -> None:
+    """Each column has a mark of its own; one with two of them has none, and records have but null."""
+    frame = pd.DataFrame(
+        {
+            "none": ["a", None, None],
+            "nan": pd.Series(["a", math.nan, "b"], dtype=object),
+            "na": pd.array(["a", None, "b"], dtype="string"),
+            "category": pd.Categorical(["u", None, "v"]),
+            "both": pd.Series(["a", None, math.nan], dtype=object),
+            "number": pd.array([1, None, 3], dtype="Int8"),
+            "full": ["a", "b", "c"],
+        }
+    )
+    found = {field.name: field.missing for field in Signature.infer(frame).inputs}
+    assert found == {
+        "none": "None",
+        "nan": "NaN",
+        "na": "NA",
+        "category": "NaN",
+        "both": None,
+        "number": None,
+        "full": None,
+    }
+    assert Signature.infer([{"a": "x"}, {"a": None}]).inputs == (Field("a", "string", nullable=True),)
+
+
+def test_the_mark_of_a_missing_string_is_kept_where_there_is_one() -> None:
+    """It comes back from JSON; a signature without it reads and writes what it always did, and so are its bytes."""
+    plain, marked = Field("a", "string", nullable=True), Field("a", "string", nullable=True, missing="NA")
+    assert Signature([plain]).to_json() == {"inputs": [{"name": "a", "dtype": "string", "shape": [], "nullable": True}]}
+    for field in (plain, marked):
+        signature = Signature([field])
+        assert Signature.from_json(signature.to_json()) == signature
+    assert canonical(Signature([plain]), {"a": None}) == canonical(Signature([marked]), {"a": None})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "string", "nullable": True, "missing": "nan"},
+        {"dtype": "string", "missing": "NaN"},
+        {"dtype": "float64", "nullable": True, "missing": "NaN"},
+    ],
+)
+def test_a_mark_that_can_mean_nothing_is_refused(options: dict[str, Any]) -> None:
+    """It is one of three, of a string that may be missing; the field is named."""
+    with pytest.raises(InvalidInput, match="missing=") as refused:
+        Field("a", **options)
+    assert refused.value.field == "a"
+
+
 def test_a_frame_gives_one_input_per_column() -> None:
     """Every dtype a frame can hold and a model can be served with, in the order of the columns."""
     frame = pd.DataFrame(

@@ -18,12 +18,13 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from modelserve import plugins
-from modelserve.errors import InvalidInput, MissingDependency, ModelServeError, in_words
+from modelserve.errors import InvalidInput, MissingDependency, ModelServeError
 from modelserve.ports import Converter, Framework, Model, SavedModel
-from modelserve.signature import Signature, check_outputs, unstack
+from modelserve.registry.answers import answer_to, answers_of
+from modelserve.registry.proof import require_same_as_given
+from modelserve.signature import Signature
 from modelserve.types import Array, Columns, Json, Row, row_count
 
 TOLERANCE: Final = 1e-5
@@ -53,8 +54,8 @@ class Agreement:
         return self.differing == self.at_thresholds <= MOST_AT_THRESHOLDS * self.rows
 
 
-Converted = tuple[Framework, SavedModel, list[Json], Mapping[str, Json]]
-"""Who serves the converted model, where it is, its answers to the example, and the report that is kept with it."""
+Proven = tuple[Framework, SavedModel, list[Json] | None, Mapping[str, Json] | None]
+"""The adapter that serves a model, where it lies, its answers to the example, and the report of a conversion."""
 
 
 def converted(  # noqa: PLR0917  # each is a part of one registration
@@ -64,24 +65,27 @@ def converted(  # noqa: PLR0917  # each is a part of one registration
     folder: Path,
     options: Mapping[str, Json],
     signature: Signature,
-    example: list[Row],
+    example: Any,
+    rows: list[Row],
     baseline: Any,
-) -> Converted:
+) -> Proven:
     """Convert a live model in the first way that agrees with it. Raises ``InvalidInput`` when none does."""
     if isinstance(model, str | Path):
         raise InvalidInput("optimize", "give the fitted model itself: a file cannot be compared with what comes out")
-    if not example:
+    if not rows:
         raise InvalidInput("example", "a conversion is proven on example rows; pass example=X[:4]")
-    rows = example + _baseline_rows(signature, baseline)
-    _require_gaps(signature, rows)
-    original = adapter.wrap(model, {name: options.get(name) for name in ("method", "none_is_missing")})
+    proven_on = rows + _baseline_rows(signature, baseline)
+    _require_gaps(signature, proven_on)
+    original = adapter.wrap(model, {name: options.get(name) for name in ("method", "missing_strings")})
+    for given in (example,) if baseline is None else (example, baseline):
+        require_same_as_given(original, original, signature, given, options["missing_strings"])
     serving = plugins.framework(converter.framework)
-    wanted = [_answers(original, columns) for columns in _chunks(signature, rows)]
+    wanted = [answer_to(original, columns) for columns in _chunks(signature, proven_on)]
     failures: list[str] = []
-    for saved in converter.convert(model, folder, options, signature.stack(example)):
+    for saved in converter.convert(model, folder, options, signature.stack(rows)):
         try:
             candidate = serving.load(saved.path, saved.format, saved.load_options)
-            agreement = _compare(original, candidate, _chunks(signature, rows), wanted)
+            agreement = _compare(original, candidate, _chunks(signature, proven_on), wanted)
         except MissingDependency:
             raise
         except ModelServeError as error:
@@ -93,33 +97,9 @@ def converted(  # noqa: PLR0917  # each is a part of one registration
                 "way": saved.path.stem,
                 "tolerance": TOLERANCE,
             }
-            return serving, saved, answers_of(candidate, signature, example), report
+            return serving, saved, answers_of(candidate, signature, rows), report
         failures.append(f"{saved.path.stem}: {_in_words(agreement)}")
     raise InvalidInput("optimize", f"no converted model answers as the original does: {'; '.join(failures)}")
-
-
-def answers_of(model: Model, signature: Signature, rows: Sequence[Row]) -> list[Json]:
-    """Return a model's answers as JSON gives them back. Raises ``InvalidInput`` when it does not answer."""
-    columns = signature.stack(rows)
-    try:
-        values = unstack(_answers(model, columns), len(rows))
-        return orjson.loads(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY))  # type: ignore[no-any-return]
-    except TypeError as error:
-        raise InvalidInput("example", f"the model's answer has no JSON form: {error}") from error
-
-
-def _answers(model: Model, columns: Columns) -> Columns:
-    try:
-        answer = model.infer(columns)
-        check_outputs(answer, row_count(columns))
-    except InvalidInput:
-        raise
-    except ModelServeError as error:
-        raise InvalidInput("example", f"the model does not answer it: {error}") from error
-    except Exception as error:
-        problem = in_words(error).partition("\nStack trace")[0]  # XGBoost's is of its own code
-        raise InvalidInput("example", f"the model does not answer it: {problem}") from error
-    return answer
 
 
 def _baseline_rows(signature: Signature, baseline: Any) -> list[Row]:
@@ -150,7 +130,7 @@ def _chunks(signature: Signature, rows: Sequence[Row]) -> Iterator[Columns]:
 
 def _compare(original: Model, candidate: Model, chunks: Iterator[Columns], wanted: Sequence[Columns]) -> Agreement:
     parts = [
-        _compare_chunk(original, columns, expected, _answers(candidate, columns))
+        _compare_chunk(original, columns, expected, answer_to(candidate, columns))
         for columns, expected in zip(chunks, wanted, strict=True)
     ]
     return Agreement(
@@ -177,7 +157,7 @@ def _compare_chunk(original: Model, columns: Columns, wanted: Columns, found: Co
 def _at_thresholds(original: Model, columns: Columns, found: Columns) -> int:
     """Count the rows that the original answers likewise once their inputs are rounded to float32."""
     rows = row_count(columns)
-    return int(_same(_answers(original, _rounded(columns)), found, rows).sum()) if rows else 0
+    return int(_same(answer_to(original, _rounded(columns)), found, rows).sum()) if rows else 0
 
 
 def _rounded(columns: Columns) -> Columns:

@@ -1,7 +1,8 @@
 """From a model to what the registry keeps of it: its artifact, its signature, its golden example.
 
 A version is proven before it is registered: the artifact just written is loaded back, and must answer the example
-as the live model does, and a batch of another size. What cannot be loaded, or answers differently, never gets a row.
+as the live model does, also as that answers the rows in the form in which they were given, and a batch of another size.
+What cannot be loaded, or answers differently, never gets a row.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from modelserve.agreement import agrees
 from modelserve.artifacts import ArtifactStore
 from modelserve.errors import InvalidInput
 from modelserve.ports import Framework, Model, SavedModel
-from modelserve.registry.conversion import answers_of, converted
-from modelserve.signature import Signature, marks_missing_with_none
-from modelserve.types import Artifact, Columns, FrameworkName, Json, Row, Runtime
+from modelserve.registry.answers import answers_of
+from modelserve.registry.conversion import Proven, converted
+from modelserve.registry.proof import marks_to_try, require_same_as_given
+from modelserve.signature import Signature
+from modelserve.types import Artifact, FrameworkName, Json, Row, Runtime
 
 _EXAMPLE_ROWS: Final = 8
 _EXAMPLE_FORMAT: Final = "example-json"
@@ -65,19 +68,10 @@ def prepare(
     adapter = plugins.framework(name)
     signature = signature or _inferred(example)
     options: dict[str, Json] = {"method": method, "trusted": list(trusted), "format": format, "factory": factory}
-    if example is not None:
-        options["none_is_missing"] = marks_missing_with_none(example)
+    rows = [] if example is None else signature.rows_of(example, _EXAMPLE_ROWS)
     with tempfile.TemporaryDirectory(prefix="modelserve-") as folder:
-        rows = [] if example is None else signature.rows_of(example, _EXAMPLE_ROWS)
-        if optimize is None:
-            _refuse_idle_baseline(baseline)
-            saved = _saved(adapter, model, Path(folder), options, signature.stack(rows) if rows else None)
-            outputs, conversion = _proven_outputs(adapter, model, saved, signature, rows), None
-        else:
-            _refuse_idle(options, "a converted model has one format, and nothing in it has to be trusted or built")
-            converter = plugins.converter(optimize, name)
-            found = converted(adapter, converter, model, Path(folder), options, signature, rows, baseline)
-            adapter, saved, outputs, conversion = found
+        asked = _Asked(model, adapter, optimize, signature, example, rows, baseline)
+        adapter, saved, outputs, conversion = _proven(asked, Path(folder), options)
         return Registration(
             framework=adapter.name,
             artifact=store.put(saved.path, format=saved.format),
@@ -88,15 +82,63 @@ def prepare(
         )
 
 
-def _saved(
-    adapter: Framework, model: Any, folder: Path, options: Mapping[str, Json], example: Columns | None
-) -> SavedModel:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Asked:
+    """A model, the rows that it is proven on, and how it is to be served."""
+
+    model: Any
+    adapter: Framework
+    optimize: str | None
+    signature: Signature
+    example: Any
+    rows: list[Row]
+    baseline: Any
+
+    @property
+    def is_file(self) -> bool:
+        return isinstance(self.model, str | Path)
+
+
+def _proven(asked: _Asked, folder: Path, options: Mapping[str, Json]) -> Proven:
+    """Save and prove a model with what may stand for its missing strings, in turn. Raises the first error."""
+    failures: list[InvalidInput] = []
+    for marks in marks_to_try(asked.signature, asked.example):
+        try:
+            return _prove(asked, folder, {**options, "missing_strings": marks})
+        except InvalidInput as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def _prove(asked: _Asked, folder: Path, options: Mapping[str, Json]) -> Proven:
+    if asked.optimize is not None:
+        _refuse_idle(options, "a converted model has one format, and nothing in it has to be trusted or built")
+        converter = plugins.converter(asked.optimize, asked.adapter.name)
+        return converted(
+            asked.adapter,
+            converter,
+            asked.model,
+            folder,
+            options,
+            asked.signature,
+            asked.example,
+            asked.rows,
+            asked.baseline,
+        )
+    _refuse_idle_baseline(asked.baseline)
+    saved = _saved(asked, folder, options)
+    return asked.adapter, saved, _proven_outputs(asked, saved, options["missing_strings"]), None
+
+
+def _saved(asked: _Asked, folder: Path, options: Mapping[str, Json]) -> SavedModel:
     try:
-        return adapter.save(model, folder, options, example)
+        return asked.adapter.save(
+            asked.model, folder, options, asked.signature.stack(asked.rows) if asked.rows else None
+        )
     except OSError as error:
-        if not isinstance(model, str | Path):
+        if not asked.is_file:
             raise
-        raise InvalidInput("model", f"{model} cannot be read: {error.strerror or error}") from error
+        raise InvalidInput("model", f"{asked.model} cannot be read: {error.strerror or error}") from error
 
 
 def _refuse_idle(options: Mapping[str, Json], problem: str) -> None:
@@ -124,26 +166,22 @@ def _inferred(example: Any) -> Signature:
     return Signature.infer(example)
 
 
-def _proven_outputs(
-    adapter: Framework,
-    model: Any,
-    saved: SavedModel,
-    signature: Signature,
-    rows: list[Row],
-) -> list[Json] | None:
+def _proven_outputs(asked: _Asked, saved: SavedModel, marks: Mapping[str, str]) -> list[Json] | None:
     """Return the answers to the example rows; None when there are none, or only code from elsewhere could tell."""
-    given_as_file = isinstance(model, str | Path)
-    if given_as_file and saved.runs_code:
+    if asked.is_file and saved.runs_code:
         return None
     factory = saved.load_options.get("factory")
-    own = Runtime(allow_pickle=not given_as_file, allow_code=not given_as_file, factories=(factory,) if factory else ())
-    loaded = adapter.load(saved.path, saved.format, saved.load_options, own)
-    if not rows:
+    ours = not asked.is_file
+    own = Runtime(allow_pickle=ours, allow_code=ours, factories=(factory,) if factory else ())
+    loaded = asked.adapter.load(saved.path, saved.format, saved.load_options, own)
+    if not asked.rows:
         return None
-    answers = answers_of(loaded, signature, rows)
-    _try_another_size(loaded, signature, rows)
-    if not given_as_file and not agrees(answers_of(adapter.wrap(model, saved.load_options), signature, rows), answers):
+    answers = answers_of(loaded, asked.signature, asked.rows)
+    _try_another_size(loaded, asked.signature, asked.rows)
+    live = loaded if asked.is_file else asked.adapter.wrap(asked.model, saved.load_options)
+    if live is not loaded and not agrees(answers_of(live, asked.signature, asked.rows), answers):
         raise InvalidInput("model", "the saved model answers the example differently from the live one")
+    require_same_as_given(live, loaded, asked.signature, asked.example, marks)
     return answers
 
 

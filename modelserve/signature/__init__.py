@@ -9,8 +9,8 @@ a signature off example rows.
 from __future__ import annotations
 
 from modelserve.signature.batches import check_outputs, unstack
-from modelserve.signature.examples import columns_of, marks_missing_with_none
-from modelserve.signature.fields import DTYPES, Field
+from modelserve.signature.examples import columns_of, marks_in
+from modelserve.signature.fields import DTYPES, MARKS, Field
 from modelserve.signature.signature import Signature
 
-__all__ = ["DTYPES", "Field", "Signature", "check_outputs", "columns_of", "marks_missing_with_none", "unstack"]
+__all__ = ["DTYPES", "MARKS", "Field", "Signature", "check_outputs", "columns_of", "marks_in", "unstack"]

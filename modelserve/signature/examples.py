@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from modelserve.errors import InvalidInput
 from modelserve.signature.examination import is_missing, plain
 from modelserve.signature.fields import DTYPES, Field
+from modelserve.signature.forms import are_records, is_frame
 from modelserve.types import Array, Json
 
 
@@ -31,9 +33,9 @@ def columns_of(example: Any, *, least: int = 1) -> dict[str, Array]:
 def _columns_of(example: Any) -> dict[str, Array]:
     if isinstance(example, Mapping):
         return {name: _column(name, column) for name, column in example.items()}
-    if hasattr(example, "columns") and hasattr(example, "iloc"):
+    if is_frame(example):
         return _frame_columns(example)
-    if isinstance(example, list | tuple) and example and isinstance(example[0], Mapping):
+    if are_records(example):
         return {name: _column(name, _of_records(name, example)) for name in example[0]}
     return {"x": _column("example", example)}
 
@@ -75,21 +77,31 @@ def _would_mix(array: Array, values: Sequence[Any]) -> bool:
 
 
 def _extension_column(series: Any) -> Array:
-    """Read a column of pandas' own dtypes: numbers keep their width, the rest become objects, NaN where missing."""
+    """Read a column of pandas' own dtypes: numbers keep their width, the rest become objects with pandas' gaps."""
     dtype = getattr(series.dtype, "numpy_dtype", None)
     missing = bool(series.isna().any())
     if isinstance(dtype, np.dtype) and dtype.kind in "iufb" and (not missing or dtype.kind == "f"):
         return np.asarray(series.to_numpy(dtype=dtype, na_value=np.nan) if missing else series.to_numpy(dtype=dtype))
-    return np.asarray(series.astype(object).where(series.notna(), np.nan), dtype=object)
+    return np.asarray(series.astype(object), dtype=object)
 
 
-def marks_missing_with_none(example: Any) -> bool:
-    """Whether missing strings of an example are None, and none of them NaN; records have no other way to say it."""
-    if isinstance(example, list | tuple):
-        return False
-    columns = [column.ravel().tolist() for column in columns_of(example).values() if column.dtype.kind == "O"]
-    marks = {type(value) for column in columns if str in map(type, column) for value in column if is_missing(value)}
-    return marks == {type(None)}
+def marks_in(column: Array) -> frozenset[str]:
+    """Return what stands for missing values in a column of an example: any of :data:`MARKS`; numbers have none."""
+    if column.dtype.kind != "O":
+        return frozenset()
+    return frozenset(_mark(value) for value in column.ravel().tolist() if is_missing(value))
+
+
+def with_mark(field: Field, column: Array) -> Field:
+    """Return the input with what stands for its missing strings, where a column of an example has one such mark."""
+    marks = marks_in(column)
+    return dataclasses.replace(field, missing=min(marks)) if field.dtype == "string" and len(marks) == 1 else field
+
+
+def _mark(missing: Any) -> str:
+    if missing is None:
+        return "None"
+    return "NaN" if isinstance(missing, float) else "NA"
 
 
 # -- the type of a column ----------------------------------------------------------------------------------

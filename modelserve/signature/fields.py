@@ -14,6 +14,8 @@ FLOATS: Final = ("float16", "float32", "float64")
 INTEGERS: Final = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 DTYPES: Final = (*FLOATS, *INTEGERS, "bool", "string")
 """The types an input can have. ``float32[3, 224, 224]`` is the type ``float32`` with a shape."""
+MARKS: Final = ("None", "NaN", "NA")
+"""What can stand for a missing string in the rows that a model was fitted on: None, a NaN, pandas.NA."""
 
 MAX_NAME: Final = 256
 _MAX_DIMENSIONS: Final = 32
@@ -26,6 +28,8 @@ class Field:
 
     ``dtype`` is one of :data:`DTYPES`; ``shape`` is the shape of a single row's value, ``()`` for a scalar.
     ``nullable`` allows ``null`` (and NaN) where the model was trained on missing values: floats and strings only.
+    ``missing`` says what stands for a missing string in the rows that the model was fitted on, one of :data:`MARKS`: to
+    many estimators these are different values. None leaves it to the example, and is NaN where that has no gap.
     Raises ``InvalidInput`` for what cannot be an input.
     """
 
@@ -33,6 +37,7 @@ class Field:
     dtype: str
     shape: tuple[int, ...] = ()
     nullable: bool = False
+    missing: str | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -41,6 +46,7 @@ class Field:
         object.__setattr__(self, "shape", _checked_shape(self.name, self.shape))
         if self.nullable and self.dtype not in {*FLOATS, "string"}:
             raise InvalidInput(self.name, f"{self.dtype} has no null; declare it float64 to allow missing values")
+        _check_mark(self)
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -59,6 +65,15 @@ def _check_name(name: object) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise InvalidInput("signature", f"an input's name holds a lone surrogate: {name!r}") from None
+
+
+def _check_mark(field: Field) -> None:
+    if field.missing is None:
+        return
+    if field.missing not in MARKS:
+        raise InvalidInput(field.name, f"missing={field.missing!r} is not one of {', '.join(map(repr, MARKS))}")
+    if field.dtype != "string" or not field.nullable:
+        raise InvalidInput(field.name, "missing= is for strings that may be missing: nullable=True")
 
 
 def _checked_shape(name: str, shape: Any) -> tuple[int, ...]:

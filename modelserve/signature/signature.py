@@ -11,8 +11,9 @@ from modelserve.signature.acceptance import acceptance, is_plain, picker
 from modelserve.signature.batches import stack_column
 from modelserve.signature.canonical import writer
 from modelserve.signature.examination import examiner, kind_of, plain
-from modelserve.signature.examples import columns_of, infer_field, json_value
+from modelserve.signature.examples import columns_of, infer_field, json_value, with_mark
 from modelserve.signature.fields import MAX_NAME, Field
+from modelserve.signature.forms import is_frame
 from modelserve.types import Array, Json, Row
 
 
@@ -101,10 +102,12 @@ class Signature:
         """Read the signature off example rows.
 
         ``example`` holds rows along axis 0: an array (one input ``x``), a DataFrame or a mapping of columns (one
-        input per column), or a list of row mappings. An input is nullable when its example holds a missing value.
+        input per column), or a list of row mappings. An input is nullable when its example holds a missing value. Of a
+        DataFrame it is noted what the missing strings of a column are, where all of them are the same.
         Raises ``InvalidInput`` naming the column that has no servable type.
         """
-        return cls(infer_field(name, column) for name, column in columns_of(example).items())
+        fields = {name: (infer_field(name, column), column) for name, column in columns_of(example).items()}
+        return cls(with_mark(*each) if is_frame(example) else each[0] for each in fields.values())
 
     def rows_of(self, example: Any, limit: int | None = None) -> list[Row]:
         """Return up to ``limit`` rows of an example (of any form that :meth:`infer` takes), validated."""
@@ -119,7 +122,7 @@ class Signature:
 
     def to_json(self) -> Json:
         """Return the JSON form that the registry keeps."""
-        return {"inputs": [dataclasses.asdict(field) | {"shape": list(field.shape)} for field in self.inputs]}
+        return {"inputs": [_document(field) for field in self.inputs]}
 
     @classmethod
     def from_json(cls, document: Json) -> Signature:
@@ -134,6 +137,13 @@ class Signature:
 
     def __repr__(self) -> str:
         return f"Signature({', '.join(f'{field.name}: {field}' for field in self.inputs)})"
+
+
+def _document(field: Field) -> Json:
+    document = dataclasses.asdict(field) | {"shape": list(field.shape)}
+    if field.missing is None:
+        del document["missing"]  # most inputs have none, and readers of an older release know of none
+    return document
 
 
 def _listing(names: Sequence[str], most: int = 12) -> str:

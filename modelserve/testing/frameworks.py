@@ -27,7 +27,7 @@ import pytest
 
 from modelserve.config import ModelOptions
 from modelserve.errors import InvalidInput, LoadError
-from modelserve.ports import Framework, Model, SavedModel
+from modelserve.ports import AnswersAsGiven, Framework, Model, SavedModel
 from modelserve.registry import Registry
 from modelserve.server import AsyncModelServer
 from modelserve.signature import Signature, unstack
@@ -108,6 +108,15 @@ class FrameworkContract:
         """What is proven at registration is what is served."""
         live = framework.wrap(case.model, saved.load_options)
         self.assert_same(self.answers(live, case, 7), case.expected(7), case.tolerance)
+
+    def test_a_live_model_answers_rows_as_they_are_given(
+        self, framework: Framework, case: Case, saved: SavedModel
+    ) -> None:
+        """What registration compares a served model with is the bare model's own answer."""
+        live = framework.wrap(case.model, saved.load_options)
+        if not isinstance(live, AnswersAsGiven):
+            pytest.skip("the adapter's models are not asked without the batch contract")
+        self.assert_same(unstack(live.answer_as_given(case.take(7)), 7), case.expected(7), case.tolerance)
 
     def test_a_row_is_answered_alike_alone_and_in_company(self, loaded: Model, case: Case) -> None:
         """Batch-mates do not change a row's answer."""

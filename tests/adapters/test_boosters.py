@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from lightgbm import Booster as LightGBMBooster
 from lightgbm import LGBMClassifier, LGBMRegressor
@@ -18,8 +20,11 @@ from xgboost import Booster, XGBClassifier, XGBRegressor
 
 from modelserve import plugins
 from modelserve.adapters.frameworks.sklearn import SklearnFramework
+from modelserve.config import ModelOptions
 from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed
 from modelserve.ports import Framework
+from modelserve.registry import Registry
+from modelserve.sync_server import ModelServer
 from modelserve.testing.frameworks import Case, FrameworkContract
 from modelserve.types import Runtime
 
@@ -217,3 +222,96 @@ def test_what_scikit_learn_does_not_have_is_refused(runtime: Runtime, problem: s
     saved = FRAMEWORK.save(BINARY, tmp_path, {})
     with pytest.raises(LoadFailed, match=problem):
         FRAMEWORK.load(saved.path, saved.format, saved.load_options, runtime)
+
+
+# -- what a file by path says of its columns ---------------------------------------------------------------
+
+CITIES = pd.DataFrame(
+    {"city": pd.Categorical([[30, 10, 40, 20][i % 4] for i in range(200)]), "n": np.arange(200.0) % 7, "m": 1.0}
+)
+IS_EARLY = CITIES["city"].isin([30, 10]).astype(int)
+CODES = CITIES.assign(city=CITIES["city"].cat.codes.astype(float))
+
+
+def _boosters() -> dict[str, Any]:
+    return {
+        "lightgbm": LGBMClassifier(n_estimators=5, verbose=-1, min_child_samples=1),
+        "xgboost": XGBClassifier(n_estimators=5, enable_categorical=True),
+    }
+
+
+def _file(model: Any, folder: Path) -> Path:
+    """Write a booster as its own library does."""
+    if isinstance(model, XGBClassifier):
+        model.save_model(folder / "model.json")
+        return folder / "model.json"
+    model.booster_.save_model(folder / "model.txt")
+    return folder / "model.txt"
+
+
+@pytest.mark.parametrize("library", ["lightgbm", "xgboost"])
+@pytest.mark.parametrize("given", ["estimator", "path"])
+def test_a_booster_that_goes_by_the_categories_of_a_frame_is_refused(library: str, given: str, tmp_path: Path) -> None:
+    """A request brings the city, and the trees know its number in a column that was; the sentence says what to do."""
+    model = _boosters()[library].fit(CITIES, IS_EARLY)
+    with pytest.raises(InvalidInput, match=r"model: it was fitted on a pandas category.*cat\.codes"):
+        FRAMEWORK.save(model if given == "estimator" else _file(model, tmp_path), tmp_path, {})
+
+
+def test_what_xgboost_wrote_before_it_kept_categories_is_refused(tmp_path: Path) -> None:
+    """An older file has the types of its columns, and their names, but not what the categories were."""
+    path = _file(_boosters()["xgboost"].fit(CITIES, IS_EARLY), tmp_path)
+    document = json.loads(path.read_bytes())
+    del document["learner"]["gradient_booster"]["model"]["cats"]
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(InvalidInput, match="pandas category"):
+        FRAMEWORK.save(path, tmp_path, {})
+
+
+def test_numbers_that_were_declared_to_be_categories_are_served(tmp_path: Path) -> None:
+    """They stand for themselves: the number that a request brings is the one that the trees know."""
+    rows = CODES.to_numpy()
+    model = XGBClassifier(n_estimators=5, enable_categorical=True, feature_types=["c", "q", "q"]).fit(rows, IS_EARLY)
+    for given in (model, _file(model, tmp_path)):
+        saved = FRAMEWORK.save(given, tmp_path, {})
+        loaded = FRAMEWORK.load(saved.path, saved.format, saved.load_options)
+        assert loaded.infer({"x": rows})["output"].tolist() == IS_EARLY.tolist()
+
+
+@pytest.mark.parametrize("library", ["lightgbm", "xgboost"])
+@pytest.mark.parametrize("given", ["estimator", "path"])
+def test_columns_go_where_their_names_are(library: str, given: str, tmp_path: Path) -> None:
+    """The file says what its columns are called: an example may have them in any order, and no others."""
+    rows = CODES.rename(columns={"n": "day of week"})
+    model = _boosters()[library].fit(rows, IS_EARLY)
+    reversed_ = rows[list(reversed(rows.columns))]
+    with Registry(f"sqlite:///{tmp_path}/models.db") as registry:
+        source = model if given == "estimator" else _file(model, tmp_path)
+        registry.register("m", "1", source, example=reversed_[:4], framework="sklearn")
+        registry.promote("m", "1")
+        with ModelServer(registry, {"m": ModelOptions(executor="thread")}, cache_dir=tmp_path / "cache") as server:
+            found = server.predict_many(
+                "m", [{str(name): row[name] for name in row} for row in reversed_.to_dict("records")]
+            )
+        with pytest.raises(InvalidInput, match=r"^street: .*was not fitted on it, but on city, day.of.week, m"):
+            registry.register("m", "2", source, example=rows.rename(columns={"city": "street"}), framework="sklearn")
+    assert [each.prediction for each in found] == IS_EARLY.tolist()
+
+
+@pytest.mark.parametrize("library", ["lightgbm", "xgboost"])
+def test_columns_of_a_booster_that_was_fitted_on_an_array_go_by_place(library: str, tmp_path: Path) -> None:
+    """There are no names to go by, and the caller's own call goes by the place as well."""
+    model = _boosters()[library].fit(CODES.to_numpy(), IS_EARLY)
+    saved = FRAMEWORK.save(_file(model, tmp_path), tmp_path, {})
+    loaded = FRAMEWORK.load(saved.path, saved.format, saved.load_options)
+    columns = {str(name): CODES[name].to_numpy() for name in CODES}
+    assert loaded.infer(columns)["output"].tolist() == IS_EARLY.tolist()
+
+
+def test_a_version_from_before_goes_by_place(tmp_path: Path) -> None:
+    """What a row of an earlier release does not say of the columns is not read into it."""
+    saved = FRAMEWORK.save(_boosters()["lightgbm"].fit(CODES, IS_EARLY), tmp_path, {})
+    options = {name: value for name, value in saved.load_options.items() if name != "names"}
+    loaded = FRAMEWORK.load(saved.path, saved.format, options)
+    columns = {f"column {i}": CODES[name].to_numpy() for i, name in enumerate(CODES)}
+    assert loaded.infer(columns)["output"].tolist() == IS_EARLY.tolist()

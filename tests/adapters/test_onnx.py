@@ -25,6 +25,7 @@ from modelserve.errors import ArtifactUnsafe, InferenceFailed, InvalidInput, Loa
 from modelserve.ports import Framework
 from modelserve.registry import Registry
 from modelserve.server import AsyncModelServer
+from modelserve.signature import Field, Signature
 from modelserve.testing.frameworks import Case, FrameworkContract
 from modelserve.types import Runtime
 
@@ -441,6 +442,52 @@ def test_columns_of_numbers_are_one_matrix_whatever_they_are_called() -> None:
     matrix = [Input("x", np.dtype("float32"), (None, 3))]
     columns = {name: np.ones(2, "float32") for name in ("x", "y", "z")}
     assert bind(matrix, columns)["x"].shape == (2, 3)
+
+
+def test_the_columns_of_a_matrix_go_where_the_metadata_names_them(tmp_path: Path) -> None:
+    """A matrix has no names but those that the graph's metadata may hold; other names are refused at registration."""
+    model = onnx.ModelProto.FromString(LINEAR.SerializeToString())
+    helper.set_model_props(model, {"feature_names": json.dumps(["a", "b", "c"])})
+    rows = {name: RANDOM.normal(size=4).astype("float32") for name in ("c", "a", "b")}
+    wanted = np.column_stack([rows["a"], rows["b"], rows["c"]]) @ WEIGHTS
+    saved = FRAMEWORK.save(model, tmp_path, {}, rows)
+    for answers in (FRAMEWORK.load(saved.path, saved.format, {}), FRAMEWORK.wrap(model, {})):
+        np.testing.assert_allclose(answers.infer(rows)["output"], wanted, rtol=1e-5)
+    with pytest.raises(InvalidInput, match=r"^z: the model was not fitted on it, but on a, b, c"):
+        FRAMEWORK.save(model, tmp_path, {}, {"z": rows["a"], "b": rows["b"], "c": rows["c"]})
+
+
+@pytest.mark.parametrize("text", ["a,b,c", '{"a": 1}', "[1, 2, 3]", ""])
+def test_metadata_of_another_meaning_names_no_columns(text: str, tmp_path: Path) -> None:
+    """What is no JSON list of names was written for another reader."""
+    model = onnx.ModelProto.FromString(LINEAR.SerializeToString())
+    helper.set_model_props(model, {"feature_names": text})
+    rows = {name: RANDOM.normal(size=4).astype("float32") for name in ("c", "a", "b")}
+    saved = FRAMEWORK.save(model, tmp_path, {}, rows)
+    found = FRAMEWORK.load(saved.path, saved.format, {}).infer(rows)["output"]
+    np.testing.assert_allclose(found, np.column_stack(list(rows.values())) @ WEIGHTS, rtol=1e-5)
+
+
+def test_inputs_of_a_graph_are_fed_by_name() -> None:
+    """Inputs of one type are told apart by their names, in whatever order the columns come."""
+    model = _model(
+        [helper.make_node("Sub", ["left", "right"], ["y"])],
+        [_value("left", FLOAT), _value("right", FLOAT)],
+        [_value("y", FLOAT)],
+    )
+    columns = {"right": np.array([1.0], "float32"), "left": np.array([5.0], "float32")}
+    assert FRAMEWORK.wrap(model, {}).infer(columns)["output"].tolist() == [4.0]
+
+
+def test_a_matrix_in_another_order_than_the_example_is_refused(tmp_path: Path) -> None:
+    """Where nothing names the columns, the order of the caller's own rows is the one that counts."""
+    rows = {name: RANDOM.normal(size=4).astype("float32") for name in ("a", "b", "c")}
+    signature = Signature([Field(name, "float32") for name in ("c", "b", "a")])
+    with (
+        Registry(f"sqlite:///{tmp_path}/models.db") as registry,
+        pytest.raises(InvalidInput, match=r"row 0 of the example"),
+    ):
+        registry.register("m", "1", LINEAR, example=rows, signature=signature)
 
 
 def test_a_size_of_minus_one_is_open() -> None:

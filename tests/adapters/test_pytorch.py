@@ -345,13 +345,35 @@ def test_the_way_to_call_is_read_off_the_signature(forward: Any, columns: Any, e
         (lambda: 0, {"x": MASK}, "example"),
         (lambda x: 0, {"p": MASK, "q": MASK}, "p"),
         (lambda x: 0, {"p": MASK[:, 0], "q": IDS[:, 0]}, "q"),
+        (lambda ids, mask: 0, {"mask": MASK, "tokens": IDS}, "mask"),
+        (lambda a, b, c=0: 0, {"x": MASK, "a": IDS}, "a"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(forward: Any, columns: Any, field: str) -> None:
-    """Too few, too many or unstackable inputs are refused by name."""
+    """Too few, too many or unstackable inputs are refused by name, and those whose place is not that of their name."""
     with pytest.raises(InvalidInput) as refused:
         choose(inspect.signature(forward), columns)
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize("names", [("p", "q"), ("a", "b", "c", "d", "e", "f")], ids=["positional", "matrix"])
+def test_inputs_in_another_order_than_the_example_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+    """Where nothing names the arguments, the order of the caller's own rows is the one that counts."""
+    model = MLP if "a" in names else _made(Difference)
+    rows = {name: MATRIX[:4, i] for i, name in enumerate(names)}
+    signature = ms.Signature([ms.Field(name, "float32") for name in reversed(names)])
+    with ms.Registry(f"sqlite:///{tmp_path}/models.db") as registry:
+        registry.register("m", "1", model, example=rows)
+        with pytest.raises(InvalidInput, match=r"row \d of the example is answered"):
+            registry.register("m", "2", model, example=rows, signature=signature)
+
+
+class Difference(nn.Module):
+    """Tells its arguments apart."""
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Return the one less the other."""
+        return left - right
 
 
 def test_the_way_to_call_is_kept(tmp_path: Path) -> None:

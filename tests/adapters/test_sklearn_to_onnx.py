@@ -44,7 +44,7 @@ from modelserve.adapters.converters.sklearn_to_onnx import SklearnToOnnx
 from modelserve.config import ModelOptions
 from modelserve.errors import InvalidInput, MissingDependency
 from modelserve.ports import SavedModel
-from modelserve.registry import Registry, conversion
+from modelserve.registry import Registry, answers, conversion
 from modelserve.server import AsyncModelServer
 from modelserve.signature import unstack
 from modelserve.testing.frameworks import FrameworkContract
@@ -506,9 +506,9 @@ def test_an_answer_of_another_length_is_an_error() -> None:
     """A candidate that loses rows is refused before anything is compared."""
     signature = ms.Signature.infer(CANCER)
     rows = signature.rows_of(CANCER, 4)
-    assert conversion.answers_of(Shrunk(halved=False), signature, rows) == [0.0] * 4
+    assert answers.answers_of(Shrunk(halved=False), signature, rows) == [0.0] * 4
     with pytest.raises(InvalidInput, match="answered 2 rows for 4"):
-        conversion.answers_of(Shrunk(halved=True), signature, rows)
+        answers.answers_of(Shrunk(halved=True), signature, rows)
 
 
 def test_only_what_leads_to_the_answer_is_kept(tmp_path: Path) -> None:

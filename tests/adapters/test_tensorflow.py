@@ -24,6 +24,7 @@ from modelserve.adapters.frameworks.tensorflow import TensorFlowFramework
 from modelserve.errors import ArtifactUnsafe, InferenceFailed, InvalidInput, LoadError, LoadFailed
 from modelserve.ports import Framework
 from modelserve.registry import Registry
+from modelserve.signature import Field, Signature
 from modelserve.testing.frameworks import Case, FrameworkContract
 from modelserve.types import SAFE, Runtime
 from tests.names import stable
@@ -268,6 +269,29 @@ def test_columns_are_given_by_name_whatever_their_order(tmp_path: Path) -> None:
     batch = {"right": np.array([1.0], "float32"), "left": np.array([5.0], "float32")}
     for name in ("keras", "saved_model"):
         assert _loaded(model, tmp_path, batch, format=name).infer(batch)["output"].tolist() == [[4.0]]
+
+
+def test_columns_in_another_order_than_the_example_are_refused(tmp_path: Path) -> None:
+    """A matrix has no names: the order of the caller's own rows is the one that counts."""
+    signature = Signature([Field(name, "float32") for name in reversed(FRAME.columns)])
+    with Registry(f"sqlite:///{tmp_path}/models.db") as registry:
+        registry.register("m", "1", PERCEPTRON, example=FRAME[:4])
+        with pytest.raises(InvalidInput, match=r"row \d of the example is answered"):
+            registry.register("m", "2", PERCEPTRON, example=FRAME[:4], signature=signature)
+
+
+def test_a_graph_that_answers_differently_from_the_model_is_refused(tmp_path: Path) -> None:
+    """A model is called as its owner calls it, and not only as the graph that was made of it."""
+
+    class Moody(keras.Model):  # type: ignore[misc]  # TensorFlow has no types
+        def call(self, inputs: Any) -> Any:
+            return inputs * (2.0 if tf.executing_eagerly() else 3.0)
+
+    with (
+        Registry(f"sqlite:///{tmp_path}/models.db") as registry,
+        pytest.raises(InvalidInput, match=r"row 0 of the example is answered"),
+    ):
+        registry.register("m", "1", Moody(), example=MATRIX[:4], format="saved_model")
 
 
 def test_a_model_without_declared_inputs_takes_its_columns_as_they_are(tmp_path: Path) -> None:

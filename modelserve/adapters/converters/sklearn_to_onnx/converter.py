@@ -17,6 +17,7 @@ import numpy as np
 from modelserve import plugins
 from modelserve.adapters.converters.sklearn_to_onnx import assembly, boosters, gaps, histogram_trees
 from modelserve.adapters.converters.sklearn_to_onnx.assembly import Stage
+from modelserve.adapters.fitted_columns import fitted_names, in_fitted_order
 from modelserve.errors import InvalidInput, MissingDependency, in_words
 from modelserve.ports import SavedModel
 from modelserve.types import SOLE_OUTPUT, Array, Columns, FrameworkName, Json
@@ -43,6 +44,8 @@ class SklearnToOnnx:
         """
         method = options.get("method") or "predict"
         wanted = _wanted(model, {**options, "method": method}, example)
+        if (fitted := fitted_names(model)) is not None:
+            example = {name: example[name] for name in in_fitted_order(fitted, list(example))}
         steps = _steps(model)
         _check_labels(steps[-1])
         problems: list[str] = []

@@ -36,7 +36,7 @@ class OnnxFramework:
         written = graph.parse(path.read_bytes())
         graph.check(written)
         if example is not None:
-            bind(graph.inputs_of(written), example)
+            bind(graph.inputs_of(written), example, graph.column_names(graph.metadata_of(written)))
         return SavedModel(path, _FORMAT, {})
 
     def wrap(self, model: Any, load_options: Mapping[str, Json]) -> OnnxModel:  # noqa: ARG002  # it needs none

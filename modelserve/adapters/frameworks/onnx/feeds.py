@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from modelserve.adapters.fitted_columns import in_fitted_order
 from modelserve.adapters.frameworks.onnx.graph import Input
 from modelserve.errors import InvalidInput
 from modelserve.types import Array, Columns
 
 
-def bind(inputs: Sequence[Input], columns: Columns) -> dict[str, Array]:
+def bind(inputs: Sequence[Input], columns: Columns, names: Sequence[str] = ()) -> dict[str, Array]:
     """Return what to feed a graph with.
 
     Columns go to inputs of the same name, a sole column to a sole input, and several columns of numbers side by side
-    to a sole input that takes a matrix. Raises ``InvalidInput`` naming what does not fit, and the fix.
+    to a sole input that takes a matrix, in the order of the ``names`` that the graph has for them. Raises
+    ``InvalidInput`` naming what does not fit, and the fix.
     """
     if len(inputs) == 1:
         (sole,) = inputs
@@ -24,7 +26,8 @@ def bind(inputs: Sequence[Input], columns: Columns) -> dict[str, Array]:
             name, column = next(iter(columns.items()))
             return {sole.name: _fitted(sole, name, column)}
         if sole.rank == 2 and all(column.ndim == 1 for column in columns.values()):  # noqa: PLR2004  # (rows, inputs)
-            return {sole.name: _matrix(sole, columns)}
+            order = in_fitted_order(names, list(columns)) if names else columns
+            return {sole.name: _matrix(sole, {name: columns[name] for name in order})}
     _check_names(inputs, columns)
     return {each.name: _fitted(each, each.name, columns[each.name]) for each in inputs}
 

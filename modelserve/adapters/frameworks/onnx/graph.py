@@ -7,10 +7,11 @@ that says so is refused before anything else reads it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
+import orjson
 
 from modelserve import plugins
 from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed, in_words
@@ -85,6 +86,20 @@ def inputs_of(model: Any) -> list[Input]:
     """Return what a call has to give; inputs with a value of their own are left out. Raises ``InvalidInput``."""
     given = {each.name for each in model.graph.initializer}
     return [_input(each) for each in model.graph.input if each.name not in given]
+
+
+def column_names(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what a graph's metadata calls the columns of its matrix: ``feature_names``, a JSON list; else none."""
+    try:
+        names = orjson.loads(metadata.get("feature_names", "[]"))
+    except orjson.JSONDecodeError:
+        return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+
+
+def metadata_of(model: Any) -> dict[str, str]:
+    """Return the metadata of a ``ModelProto``."""
+    return {each.key: each.value for each in model.metadata_props}
 
 
 def first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -129,6 +129,7 @@ def choose(signature: inspect.Signature, columns: Columns) -> str:
             f"the model takes ({', '.join(signature.parameters)}), the example gives ({', '.join(columns)}); name the "
             "inputs as the parameters, or give as many, in their order",
         )
+    _check_places(columns, [each.name for each in by_place if not many])
     return POSITIONAL
 
 
@@ -142,6 +143,14 @@ def arranged(call: str, columns: Columns) -> dict[str, Array]:
 def arguments(call: str, tensors: Tensors) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and the keyword arguments of one call."""
     return ((), dict(tensors)) if call == KEYWORDS else (tuple(tensors.values()), {})
+
+
+def _check_places(columns: Columns, parameters: Sequence[str]) -> None:
+    """Refuse an input that has the name of one parameter and the place of another."""
+    for name, parameter in zip(columns, parameters, strict=False):
+        if name != parameter and name in parameters:
+            problem = f"it would go to the parameter {parameter!r} by its place, and to {name!r} by its name"
+            raise InvalidInput(name, f"{problem}; name all inputs as the parameters: {', '.join(parameters)}")
 
 
 def _check_scalars(columns: Columns) -> None:

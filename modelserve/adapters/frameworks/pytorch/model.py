@@ -12,6 +12,7 @@ from modelserve.adapters.frameworks.pytorch.devices import device_of
 from modelserve.adapters.frameworks.pytorch.halving import Halving
 from modelserve.adapters.frameworks.pytorch.tensors import Tensors, named, refuse_strings
 from modelserve.errors import InferenceFailed
+from modelserve.signature import columns_of
 from modelserve.types import Array, Columns
 
 
@@ -38,6 +39,10 @@ class PyTorchModel:
     def infer(self, columns: Columns) -> dict[str, Array]:
         """Answer a batch of columns, each of shape ``(rows, ...)``."""
         return self._infer(columns)
+
+    def answer_as_given(self, example: Any) -> dict[str, Array]:
+        """Answer tensors of the example's own types and order."""
+        return self._run(columns_of(example))
 
     def _run(self, columns: Columns) -> dict[str, Array]:
         refuse_strings(columns)

@@ -9,7 +9,7 @@ from typing import Any, Final
 from modelserve.adapters.frameworks.sklearn.formats import Format
 from modelserve.adapters.frameworks.sklearn.joblib_pickle import JoblibPickle
 from modelserve.adapters.frameworks.sklearn.lightgbm_text import LightGBMText
-from modelserve.adapters.frameworks.sklearn.model import SklearnModel
+from modelserve.adapters.frameworks.sklearn.model import USUAL_MARK, SklearnModel
 from modelserve.adapters.frameworks.sklearn.skops_zip import SkopsZip
 from modelserve.adapters.frameworks.sklearn.xgboost_json import XGBoostJson
 from modelserve.errors import InvalidInput, LoadFailed
@@ -36,8 +36,8 @@ class SklearnFramework:
         """
         _refuse_factory(options)
         load_options: dict[str, Json] = {"method": options.get("method") or "predict"}
-        if options.get("none_is_missing"):
-            load_options["none_is_missing"] = True
+        if options.get("missing_strings"):
+            load_options["missing_strings"] = dict(options["missing_strings"])
         if isinstance(model, str | Path):
             path = Path(model)
             chosen = _format(options.get("format") or _name_by_suffix(path))
@@ -50,8 +50,10 @@ class SklearnFramework:
 
     def wrap(self, model: Any, load_options: Mapping[str, Json]) -> SklearnModel:
         """Make an estimator answer batches through the method that was registered."""
-        none_is_missing = bool(load_options.get("none_is_missing"))
-        return SklearnModel(model, load_options.get("method", "predict"), none_is_missing=none_is_missing)
+        # Versions of the first releases have one mark for all of their columns.
+        other_mark = "None" if load_options.get("none_is_missing") else USUAL_MARK
+        method = load_options.get("method", "predict")
+        return SklearnModel(model, method, marks=load_options.get("missing_strings"), other_mark=other_mark)
 
     def load(self, path: Path, format: str, load_options: Mapping[str, Json], runtime: Runtime = SAFE) -> SklearnModel:  # noqa: A002
         """Read an estimator by the one reader of its format."""

@@ -5,9 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from modelserve.types import Json, Runtime
+
+CATEGORIES: Final = (
+    "it was fitted on a pandas category, which it knows by a number that no request carries; fit it on numbers of your "
+    "own (frame[column].cat.codes, with categorical_feature= or feature_types=), or behind an OrdinalEncoder"
+)
+"""Why a booster cannot be served that goes by the categories of the frame that it was fitted on."""
 
 
 class Format(ABC):

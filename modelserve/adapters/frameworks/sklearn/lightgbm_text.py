@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from modelserve import plugins
-from modelserve.adapters.frameworks.sklearn.formats import Format
+from modelserve.adapters.frameworks.sklearn.formats import CATEGORIES, Format
 from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed
 from modelserve.types import Array, Json, Runtime
 
@@ -22,6 +23,8 @@ _CLASSIFYING: Final = ("binary", "multiclass", "multiclassova")
 _NEEDED: Final = ("leaf_value", "left_child", "right_child", "split_feature", "threshold", "decision_type")
 _OF_LEAVES: Final = ("leaf_value", "leaf_weight", "leaf_count")
 _OF_BRANCHES: Final = (*_NEEDED[1:], "split_gain", "internal_value", "internal_weight", "internal_count")
+_OF_AN_ARRAY: Final = re.compile(r"Column_\d+")
+_CATEGORIES: Final = re.compile(r"^pandas_categorical:(.*)$", re.MULTILINE)
 _CATEGORICAL: Final = 1  # the bit of a decision type that says so
 
 
@@ -41,10 +44,15 @@ class LightGBMText(Format):
         return {"labels": None if labels is None else labels.tolist()}
 
     def inspect(self, path: Path, options: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002
-        """Number the classes of a classifier, for want of their labels."""
-        header = _header(_text(path))
+        """Number the classes of a classifier, for want of their labels; note the names of the columns."""
+        text = _text(path)
+        if _goes_by_categories(text):
+            raise InvalidInput("model", CATEGORIES)
+        header = _header(text)
         objective = header.get("objective", "").partition(" ")[0]
-        return {"labels": list(range(max(2, int(header["num_class"])))) if objective in _CLASSIFYING else None}
+        labels = list(range(max(2, int(header["num_class"])))) if objective in _CLASSIFYING else None
+        names = header.get("feature_names", "").split()
+        return {"labels": labels} | ({"names": names} if not all(map(_OF_AN_ARRAY.fullmatch, names)) else {})
 
     def read(self, path: Path, load_options: Mapping[str, Json], runtime: Runtime) -> Any:
         """Read a booster, and stand in for the estimator that it was part of."""
@@ -54,7 +62,8 @@ class LightGBMText(Format):
         except lightgbm.basic.LightGBMError as error:
             raise LoadFailed(f"LightGBM cannot read the artifact: {error}") from error
         labels = load_options.get("labels")
-        return Regressor(booster, runtime.threads) if labels is None else Classifier(booster, runtime.threads, labels)
+        regressor = Regressor(booster, runtime.threads, load_options.get("names"))
+        return regressor if labels is None else Classifier(regressor, labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Regressor:
 
     booster: Any
     threads: int | None
+    column_order: Sequence[str] | None = None
 
     def predict(self, rows: Any) -> Array:
         """Return one value per row."""
@@ -72,8 +82,9 @@ class Regressor:
 class Classifier:
     """A booster and the labels of its classes, which together answer as the estimator did."""
 
-    def __init__(self, booster: Any, threads: int | None, labels: list[Json]) -> None:
-        self._scores = Regressor(booster, threads)
+    def __init__(self, scores: Regressor, labels: list[Json]) -> None:
+        self._scores = scores
+        self.column_order = scores.column_order
         self._labels = np.array(labels, dtype=object if isinstance(labels[0], str) else None)
 
     def predict_proba(self, rows: Any) -> Array:
@@ -145,6 +156,11 @@ def _check_categories(tree: dict[str, str], used: list[int]) -> None:
         raise ValueError("the categories of a tree do not hang together")
     if not all(0 <= at < count for at in used):
         raise ValueError("a tree asks for categories that there are not")
+
+
+def _goes_by_categories(text: str) -> bool:
+    known = _CATEGORIES.search(text)
+    return known is not None and known[1].strip() not in {"null", "[]"}
 
 
 def _header(text: str) -> dict[str, str]:

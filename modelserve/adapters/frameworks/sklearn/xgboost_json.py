@@ -10,7 +10,7 @@ from typing import Any, Final
 import orjson
 
 from modelserve import plugins
-from modelserve.adapters.frameworks.sklearn.formats import Format
+from modelserve.adapters.frameworks.sklearn.formats import CATEGORIES, Format
 from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed
 from modelserve.types import Json, Runtime
 
@@ -43,8 +43,11 @@ class XGBoostJson(Format):
             learner = orjson.loads(_bytes(path))["learner"]
             kind = orjson.loads(learner["attributes"].get("scikit_learn", "{}")).get("_estimator_type")
             objective = learner["objective"]["name"]
+            by_category = _goes_by_categories(learner)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise LoadFailed(f"XGBoost cannot read the artifact: {error}") from error
+        if by_category:
+            raise InvalidInput("model", CATEGORIES)
         classifies = kind == "classifier" if kind else objective.startswith(_CLASSIFYING)
         return {"estimator": "XGBClassifier" if classifies else "XGBRegressor"}
 
@@ -63,6 +66,19 @@ class XGBoostJson(Format):
             reason = str(error).partition("\nStack trace")[0]
             raise LoadFailed(f"XGBoost cannot read the artifact: {reason}") from error
         return estimator
+
+
+def _goes_by_categories(learner: Json) -> bool:
+    """Whether it was fitted on categories of a frame. Numbers that were declared to be categories stand for themselves.
+
+    XGBoost writes the categories down since 3.1; before that nothing but the names of the columns tells the two apart.
+    """
+    if "c" not in learner.get("feature_types", ()):
+        return False
+    known = learner["gradient_booster"].get("model", {}).get("cats")
+    if known is None:
+        return bool(learner.get("feature_names"))
+    return any(each.get("values") for each in known["enc"])
 
 
 def _bytes(path: Path) -> bytes:

@@ -12,6 +12,7 @@ from modelserve.adapters.frameworks.tensorflow.outputs import as_columns, named
 from modelserve.adapters.frameworks.tensorflow.runtime import tensorflow
 from modelserve.adapters.frameworks.tensorflow.wording import brief
 from modelserve.errors import InferenceFailed, InvalidInput, ModelServeError
+from modelserve.signature import columns_of
 from modelserve.types import Array, Columns
 
 
@@ -46,6 +47,15 @@ class TensorFlowModel:
             raise
         except Exception as error:
             raise InferenceFailed(f"the model raised {brief(error)}") from error
+
+    def answer_as_given(self, example: Any) -> dict[str, Array]:
+        """Answer tensors of the example's own types and order by the model's own call, without a graph of ours."""
+        columns = columns_of(example)
+        inputs = self._endpoint.inputs_for(described(columns))
+        arrays = assemble(inputs, bind(inputs, described(columns)), columns)
+        with self._place():
+            names = [each.name for each in inputs]
+            return as_columns(named(self._endpoint.call(dict(zip(names, _tensors(inputs, arrays), strict=True)))))
 
     def _traced(self, columns: Described) -> tuple[Any, tuple[Input, ...], Bound]:
         inputs = self._endpoint.inputs_for(columns)
