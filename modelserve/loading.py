@@ -17,6 +17,7 @@ from modelserve import plugins, signing
 from modelserve.agreement import agrees
 from modelserve.artifacts import ArtifactStore, DiskCache, Lease
 from modelserve.config import ModelOptions
+from modelserve.contents import contents
 from modelserve.errors import InferenceFailed, LoadFailed
 from modelserve.events import Event, Observers
 from modelserve.execution.cores import share_of
@@ -28,6 +29,7 @@ from modelserve.execution.thread import ThreadReplica
 from modelserve.features.plan import FeaturePlan, Pending, plan_of
 from modelserve.memory import Memory, needed
 from modelserve.ports import Model, Replica, TrustedKey
+from modelserve.provision import Provision
 from modelserve.signature import Signature
 from modelserve.signature.digest import input_digest
 from modelserve.types import Artifact, Json, ModelVersion, Row, Runtime
@@ -162,6 +164,7 @@ def _request_key(meta: ModelVersion, plan: FeaturePlan) -> Callable[[Pending], s
 class Loader:
     """Takes versions into service, with blocking work (downloads, hashing) on ``executor``.
 
+    What a replica's start reads is hashed on ``starts``, so that a restart does not wait for the downloads of others.
     ``observers`` are told what happens to their pools. ``memory`` tells whether there is room for another version. With
     ``trusted_keys``, a version is signed by one of them unless its model's options waive that.
     """
@@ -173,6 +176,7 @@ class Loader:
         executor: Executor,
         observers: Observers | None = None,
         *,
+        starts: Executor | None = None,
         memory: Memory | None = None,
         trusted_keys: Sequence[TrustedKey] = (),
     ) -> None:
@@ -181,6 +185,7 @@ class Loader:
         self._store = store
         self._cache = cache
         self._executor = executor
+        self._starts = starts or executor
         self._trusted_keys = tuple(trusted_keys)
 
     async def load(
@@ -201,12 +206,14 @@ class Loader:
         if beside is not None and before is None:
             await self._require_memory(meta, options, beside)
         with contextlib.ExitStack() as leases:
-            path = leases.enter_context(await self._fetch(meta.artifact)).path
+            lease = await self._fetch(meta.artifact)
+            provision = Provision(meta.artifact, lease, partial(self._fetch, meta.artifact, self._starts))
+            leases.callback(provision.close)
             example = None
             if meta.example is not None:  # held as long as the model: a start without the registry needs it
                 held = leases.enter_context(await self._fetch(meta.example))
-                example = await self._run(_read_json, held.path)
-            pool = _pool_for(meta, options, signature, path, niceness=niceness, tell=self._observers.emit)
+                example = await self._run(_read_json, held.path, meta.example)
+            pool = _pool_for(meta, options, signature, provision, niceness=niceness, tell=self._observers.emit)
             try:
                 proof = Proof(signature, example, largest_batch=options.batch_rows, padded=options.pad_batches)
                 await _start(pool, proof, before)
@@ -239,9 +246,10 @@ class Loader:
         if bool(self._trusted_keys) if required is None else required:
             signing.verify(self._trusted_keys, meta)
 
-    async def _fetch(self, artifact: Artifact) -> Lease:
+    async def _fetch(self, artifact: Artifact, executor: Executor | None = None) -> Lease:
         given_up = threading.Event()
-        fetching = asyncio.ensure_future(self._run(self._cache.fetch, self._store, artifact, given_up))
+        fetch = partial(self._cache.fetch, self._store, artifact, given_up)
+        fetching = asyncio.get_running_loop().run_in_executor(executor or self._executor, fetch)
         try:
             return await asyncio.shield(fetching)
         except asyncio.CancelledError:
@@ -258,7 +266,7 @@ def _pool_for(
     meta: ModelVersion,
     options: ModelOptions,
     signature: Signature,
-    path: Path,
+    provision: Provision,
     *,
     niceness: int,
     tell: Callable[[Event], None],
@@ -280,19 +288,20 @@ def _pool_for(
         scaling=options.scaling,
     )
     return Pool(
-        partial(make_replica, meta, options, signature, path),
+        partial(make_replica, meta, options, signature, provision.path),
         pool_options,
         fingerprint=input_digest(meta, signature.canonical),
         model_name=meta.model_name,
         version=meta.version,
         tell=tell,
+        intact=provision.intact,
     )
 
 
 def _thread_replica(meta: ModelVersion, options: ModelOptions, signature: Signature, path: Path, place: int) -> Replica:
     def load() -> Model:
         framework = plugins.framework(meta.framework)
-        model = framework.load(path, meta.artifact.format, meta.load_options, _runtime(options, place))
+        model = framework.load(path, meta.artifact.format, meta.load_options, _runtime(meta, options, place))
         return Padded(model, options.batch_rows) if options.pad_batches else model
 
     return ThreadReplica(load, signature, name=f"modelserve-{meta.model_name}-{meta.version}")
@@ -307,15 +316,16 @@ def _process_replica(
         format=meta.artifact.format,
         load_options=meta.load_options,
         signature=signature.to_json(),
-        runtime=_runtime(options, place),
+        runtime=_runtime(meta, options, place),
         pad_to=options.batch_rows if options.pad_batches else None,
         niceness=niceness,
     )
     return ProcessReplica(spec, signature, name=f"modelserve-{meta.model_name}-{meta.version}")
 
 
-def _runtime(options: ModelOptions, place: int) -> Runtime:
+def _runtime(meta: ModelVersion, options: ModelOptions, place: int) -> Runtime:
     return Runtime(
+        sha256=meta.artifact.sha256,
         allow_pickle=options.allow_pickle,
         allow_code=options.allow_code,
         factories=options.factories,
@@ -325,8 +335,8 @@ def _runtime(options: ModelOptions, place: int) -> Runtime:
     )
 
 
-def _read_json(path: Path) -> Json:
-    return orjson.loads(path.read_bytes())
+def _read_json(path: Path, artifact: Artifact) -> Json:
+    return orjson.loads(contents(path, artifact.sha256))
 
 
 def _release(fetching: asyncio.Future[Lease]) -> None:

@@ -310,7 +310,8 @@ class AsyncModelServer:
         self.new_request_id = uuid7_source()  # again, after any fork
         self._sql = Askers(2, "modelserve-sql")
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load")
-        self._executors = (self._sql, self._loads)
+        self._starts = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-start")
+        self._executors = (self._sql, self._loads, self._starts)
         try:
             await self._watch.start(self.status, self._counted)
             self._predictions = PredictionCache.over(self._kept)
@@ -410,7 +411,12 @@ class AsyncModelServer:
             spared=self._snapshots.artifact_keys,
         )
         return Loader(
-            self.registry.artifacts, self._cache, self._loads, self._observers, trusted_keys=self._trusted_keys
+            self.registry.artifacts,
+            self._cache,
+            self._loads,
+            self._observers,
+            starts=self._starts,
+            trusted_keys=self._trusted_keys,
         )
 
 

@@ -47,7 +47,8 @@ class Runtime:
     (SavedModel, Keras), and ``factories`` the callables (``"package.module:callable"``) that may build a network for
     registered weights. ``device`` is where it runs: ``cpu``, ``cuda:0``, ``mps``. ``threads`` bounds the threads of one
     batch where a framework lets each model have a limit of its own (None: the framework's choice). ``compile`` asks for
-    the framework's compiler.
+    the framework's compiler. ``sha256`` is what an artifact of one file must hash to: a reader that takes all of its
+    bytes at once gets them from :func:`modelserve.contents.contents`, which sees to it.
     """
 
     allow_pickle: bool = False
@@ -56,6 +57,7 @@ class Runtime:
     device: str = "cpu"
     threads: int | None = None
     compile: bool = False
+    sha256: str | None = None
 
 
 SAFE: Final = Runtime()

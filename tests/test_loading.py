@@ -169,13 +169,16 @@ async def test_the_operator_says_how_a_version_may_run(
         factories=("nets:make",),
     )
     await (await loader.load(registry.get("m", "1"), options)).unload()
-    allowed = Runtime(allow_code=True, allow_pickle=True, factories=("nets:make",), threads=2, compile=True)
+    sha256 = registry.get("m", "1").artifact.sha256
+    allowed = Runtime(
+        allow_code=True, allow_pickle=True, factories=("nets:make",), threads=2, compile=True, sha256=sha256
+    )
     assert sorted(asked, key=lambda runtime: runtime.device) == [
         dataclasses.replace(allowed, device=device) for device in ("cuda:0", "cuda:0", "cuda:1")
     ]
     asked.clear()
     await (await loader.load(registry.get("m", "1"), ModelOptions(threads=5))).unload()
-    assert asked == [Runtime(threads=5)]
+    assert asked == [Runtime(threads=5, sha256=sha256)]
 
 
 async def test_padded_batches_have_few_sizes(

@@ -8,8 +8,9 @@
     quarantine/               the last files that did not hash to their name
     temp/                     files and folders before they take their final name
 
-A file takes its final name only after its bytes hashed to it, and is never replaced afterwards. Whoever uses it holds
-a shared lock on it; eviction takes only what it can lock alone.
+A file takes its final name only after its bytes hashed to it, and is never written to afterwards. Disks and other
+programs may change it all the same, so it is hashed at every fetch. A lease holds a shared lock on it; eviction takes
+only what it can lock alone.
 """
 
 from __future__ import annotations
@@ -57,10 +58,14 @@ def default_cache_folder() -> Path:
 
 
 class Lease:
-    """Keeps an artifact on the disk while it is in use. ``path`` is its file, or its folder."""
+    """Keeps an artifact on the disk while it is in use. ``path`` is its file, or its folder.
 
-    def __init__(self, path: Path, release: Callable[[], None]) -> None:
+    ``files`` tells the files that were hashed from any others that take their place later.
+    """
+
+    def __init__(self, path: Path, files: Sequence[FileId], release: Callable[[], None]) -> None:
         self.path = path
+        self.files = files
         self._release = release
 
     def release(self) -> None:
@@ -74,6 +79,13 @@ class Lease:
         self.release()
 
 
+class FileId(NamedTuple):
+    """What tells a file from one that takes its name."""
+
+    device: int
+    inode: int
+
+
 def _none() -> tuple[str, ...]:
     """Name no artifact."""
     return ()
@@ -85,8 +97,8 @@ class DiskCache:
     What ``spared()`` names, by its keys, goes only when there is nothing else to remove. Fetching one may take
     ``download_limit_s`` seconds, with all attempts.
 
-    Thread-safe; any number of processes may share a folder, and a fork may copy the cache at any moment. What a
-    process finds on the disk is verified the first time that process uses it.
+    Thread-safe; any number of processes may share a folder, and a fork may copy the cache at any moment. What is found
+    on the disk is hashed at every fetch.
     """
 
     def __init__(
@@ -125,11 +137,12 @@ class DiskCache:
             held = self._acquire(task, key, _MANIFEST_LIMIT if blob.is_manifest(key) else artifact.size)
             try:
                 path = self._tree(task, key, held) if blob.is_manifest(key) else self._folder / key
+                identity = _identity(path, held)
             except BaseException:
                 held.close()
                 raise
             process.lease(key)
-        lease = Lease(path, lambda: process.release(key, held))
+        lease = Lease(path, identity, lambda: process.release(key, held))
         try:
             self._evict()
         except BaseException:
@@ -155,22 +168,12 @@ class DiskCache:
             held = files.hold(path)
             if held is None:
                 self._fill(task, key, limit)
-            elif self._is_sound(key, held):
+            elif _is_sound(key, held):
                 _touch(path)
                 return held
             else:
                 self._quarantine(path, held)
         raise BackendUnavailable(_BACKEND, f"{key} does not stay on the disk")
-
-    def _is_sound(self, key: str, held: IO[bytes]) -> bool:
-        """Whether the bytes hash to their name. Hashed once in each process, for as long as it is the same file."""
-        verified = self._of_this_process().verified
-        if verified.get(key) != _identity(held):
-            if files.digest_of(files.chunks(held))[0] != blob.digest_in(key):
-                return False
-            verified[key] = _identity(held)
-            held.seek(0)
-        return True
 
     def _fill(self, task: _Task, key: str, limit: int) -> None:
         """Download, unless another process did so while this one waited for its turn."""
@@ -196,8 +199,7 @@ class DiskCache:
                 found, _ = files.copy(_watched(limit, pieces, key, get_on), draft)
             if found != wanted:
                 raise ArtifactCorrupt(key, wanted, found)
-            if files.add(draft, self._folder / key):
-                self._of_this_process().verified[key] = _identity(draft)
+            files.add(draft, self._folder / key)
 
     def _quarantine(self, path: Path, held: IO[bytes]) -> None:
         """Set bad bytes aside for whoever asks what happened to them."""
@@ -413,7 +415,7 @@ class DiskCache:
         held = files.hold(path)
         if held is None:
             return None
-        sound = files.digest_of(files.chunks(held))[0] == blob.digest_in(found.key)
+        sound = _is_sound(found.key, held)
         held.close() if sound else self._quarantine(path, held)
         return Examined(key=found.key, size=found.size, sound=sound)
 
@@ -461,11 +463,10 @@ class _OnDisk(NamedTuple):
 
 
 class _Process:
-    """What one process knows of the cache: which files it verified, which keys it leases, a lock for each key."""
+    """What one process knows of the cache: which keys it leases, a lock for each key, how its downloads ended."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self.verified: dict[str, tuple[int, int]] = {}
         self.closing = threading.Event()
         self.downloads: Counter[str] = Counter()
         self._leases: Counter[str] = Counter()
@@ -550,9 +551,18 @@ def _wait(closing: threading.Event, given_up: threading.Event | None, seconds: f
     return closing.wait(seconds) or (given_up is not None and given_up.is_set())
 
 
-def _identity(file: IO[bytes]) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino
+def _is_sound(key: str, held: IO[bytes]) -> bool:
+    """Whether the bytes of an open file hash to their name."""
+    sound = files.digest_of(files.chunks(held))[0] == blob.digest_in(key)
+    held.seek(0)
+    return sound
+
+
+def _identity(path: Path, held: IO[bytes]) -> tuple[FileId, ...]:
+    """Return which files an artifact consists of: the one that is held, its folder, and those in that."""
+    parts = [path, *sorted(files.below(path))] if path.is_dir() else ()
+    found = [os.fstat(held.fileno()), *(part.stat() for part in parts)]
+    return tuple(FileId(each.st_dev, each.st_ino) for each in found)
 
 
 def _touch(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -17,7 +18,7 @@ from modelserve.events import CircuitClosed, CircuitOpened, Event, PoolScaled, W
 from modelserve.execution.autoscale import Sample, decide, mean_depth
 from modelserve.execution.batcher import Batcher
 from modelserve.execution.circuit import Circuit
-from modelserve.execution.seat import Infer, Prove, Seat
+from modelserve.execution.seat import Infer, Intact, Prove, Seat
 from modelserve.ports import Replica
 from modelserve.types import Json, PoolStatus, Row, Scaling
 
@@ -54,7 +55,7 @@ class Pool:
 
     ``make_replica`` is given the number of the replica's place, counted from 0, which a successor takes over.
     ``fingerprint`` tells two rows apart, so that an input which kills its worker twice is refused. ``tell`` is called
-    with what happens to the pool.
+    with what happens to the pool. ``intact`` surrounds each start of a replica (see :data:`Intact`).
     """
 
     def __init__(
@@ -66,12 +67,14 @@ class Pool:
         model_name: str = "",
         version: str = "",
         tell: Callable[[Event], None] = lambda _: None,
+        intact: Intact = contextlib.nullcontext,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._make_replica = make_replica
         self._options = options
         self._name = (model_name, version)
         self._tell = tell
+        self._intact = intact
         self._loop = asyncio.get_running_loop()
         self._batcher: Batcher[Row, Json] = Batcher(
             max_rows=options.max_rows,
@@ -187,6 +190,7 @@ class Pool:
             prove=self._prove_and_learn,
             start_limit_s=self._options.start_limit_s,
             mourn=self._mourn,
+            intact=self._intact,
         )
 
     async def _prove_and_learn(self, infer: Infer) -> None:

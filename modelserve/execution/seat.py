@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -20,6 +22,8 @@ _DEPTH: Final = 2  # batches in a replica's hands: one runs, the next is there w
 Infer: TypeAlias = Callable[[Sequence[Row]], Awaitable[list[Json]]]
 Prove: TypeAlias = Callable[[Infer], Awaitable[None]]
 """Warms a fresh replica up through its ``infer`` and shows that it answers. Raises ``LoadError`` if not."""
+Intact: TypeAlias = Callable[[], AbstractAsyncContextManager[object]]
+"""Surrounds each start of a replica. Raises when what the replica opens cannot be had, or is not what it should be."""
 
 
 class Seat:
@@ -37,6 +41,7 @@ class Seat:
         prove: Prove,
         start_limit_s: float,
         mourn: Callable[[str], float],
+        intact: Intact = contextlib.nullcontext,
     ) -> None:
         self.place = place
         self._make_replica = partial(make_replica, place)
@@ -44,6 +49,7 @@ class Seat:
         self._prove = prove
         self._start_limit_s = start_limit_s
         self._mourn = mourn
+        self._intact = intact
         self._loop = asyncio.get_running_loop()
         self._replica = self._make_replica()
         self._task: asyncio.Task[None] | None = None
@@ -88,7 +94,7 @@ class Seat:
         began = self._loop.time()
         self.ready_at = began + self._start_s
         try:
-            async with asyncio.timeout(self._start_limit_s):
+            async with self._intact(), asyncio.timeout(self._start_limit_s):
                 await self._replica.start()
                 await self._prove(self._infer)
         except BaseException as error:

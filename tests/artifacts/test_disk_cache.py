@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterable
 from pathlib import Path
 
 import orjson
@@ -102,22 +101,21 @@ def test_a_restart_reads_nothing_from_the_store(store: CountingStore, folder: Pa
     assert store.reads == []
 
 
-def test_a_file_is_hashed_once_in_a_process(
-    store: CountingStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.promise("P6")
+@pytest.mark.parametrize("name", ["saved_model.pb", "variables/data"])
+def test_a_file_changed_in_place_is_found_by_the_cache_that_has_hashed_it(
+    store: CountingStore, folder: Path, tmp_path: Path, name: str
 ) -> None:
-    """The first use of a process verifies what it found; the next ones rely on that."""
-    artifact = put(store, b"hello")
-    read(DiskCache(folder), store, artifact)
-    hashed, digest_of = [], files.digest_of
-
-    def counted(pieces: Iterable[bytes]) -> tuple[str, int]:
-        hashed.append(pieces)
-        return digest_of(pieces)
-
-    monkeypatch.setattr(files, "digest_of", counted)
-    cache = DiskCache(folder)
-    assert read(cache, store, artifact) == read(cache, store, artifact)
-    assert len(hashed) == 1
+    """Under the same name, in the same file, of the same size and age: nothing that was known of it is believed."""
+    model = model_folder(tmp_path)
+    artifact, cache = store.put(model, format="saved_model"), DiskCache(folder)
+    with cache.fetch(store, artifact) as lease:
+        before = (lease.path / name).stat()
+        flip(lease.path / name)
+        os.utime(lease.path / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with cache.fetch(store, artifact) as again:
+            assert tree(again.path) == tree(model)
+            assert again.files != lease.files
 
 
 def test_a_file_put_in_place_of_a_verified_one_is_verified_again(store: CountingStore, folder: Path) -> None:

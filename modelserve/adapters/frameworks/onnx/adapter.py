@@ -9,6 +9,7 @@ from typing import Any, Final
 from modelserve.adapters.frameworks.onnx import graph, session
 from modelserve.adapters.frameworks.onnx.feeds import bind
 from modelserve.adapters.frameworks.onnx.model import OnnxModel
+from modelserve.contents import contents
 from modelserve.errors import InvalidInput, LoadFailed
 from modelserve.ports import SavedModel
 from modelserve.types import SAFE, Columns, FrameworkName, Json, Runtime
@@ -49,7 +50,7 @@ class OnnxFramework:
             raise LoadFailed(f"ONNX has no format {format!r}")
         if runtime.compile:
             raise LoadFailed("ONNX Runtime optimises every graph that it loads: leave out ModelOptions(compile=True)")
-        data = path.read_bytes()
+        data = contents(path, runtime.sha256)
         graph.parse(data)
         return OnnxModel(session.open_session(data, runtime))
 

@@ -6,16 +6,18 @@ import io
 import zipfile
 from pathlib import Path
 
+from modelserve.contents import contents
 from modelserve.errors import ArtifactUnsafe, LoadFailed
 
 
-def read_archive(path: Path) -> tuple[bytes, list[str]]:
+def read_archive(path: Path, sha256: str | None = None) -> tuple[bytes, list[str]]:
     """Return the bytes of a whole zip archive and the names in it, without the folder that all of them lie in.
 
-    What is checked and what is loaded are these same bytes. Raises ``ArtifactUnsafe`` for what is no zip, so that a
-    renamed pickle reaches no unpickler, and ``LoadFailed`` for one that is damaged, or written by something else.
+    What is hashed, checked and loaded are these same bytes. Raises ``ArtifactCorrupt`` for others than ``sha256``
+    says, ``ArtifactUnsafe`` for what is no zip, so that a renamed pickle reaches no unpickler, and ``LoadFailed`` for
+    one that is damaged, or written by something else.
     """
-    data = path.read_bytes()
+    data = contents(path, sha256)
     if not zipfile.is_zipfile(io.BytesIO(data)):
         raise ArtifactUnsafe(
             "the artifact is not a file of torch.save or torch.export.save (its bytes are no zip archive); it was not "

@@ -63,7 +63,7 @@ class Pt2:
         """Read a program that passed the check, and move it to its device."""
         torch = plugins.require("torch")
         device = find_device(runtime.device)
-        data, names = read_archive(path)
+        data, names = read_archive(path, runtime.sha256)
         with exporting:
             check_program(data, names)
         try:

@@ -42,7 +42,8 @@ class SafeTensors:
         return _restored(self._weights, path, load_options, runtime)
 
     @staticmethod
-    def _weights(path: Path) -> Any:
+    def _weights(path: Path, _: str | None) -> Any:
+        # Mapped, not read: weights can be as large as the memory. They are numbers alone, and copied into the network.
         safetensors = plugins.require("safetensors.torch")
         try:
             return safetensors.load_file(path)
@@ -66,9 +67,9 @@ class StateDict:
         return _restored(self._weights, path, load_options, runtime)
 
     @staticmethod
-    def _weights(path: Path) -> Any:
+    def _weights(path: Path, sha256: str | None) -> Any:
         torch = plugins.require("torch")
-        state = load_restricted(read_archive(path)[0], "the artifact")
+        state = load_restricted(read_archive(path, sha256)[0], "the artifact")
         if not isinstance(state, Mapping) or not all(isinstance(each, torch.Tensor) for each in state.values()):
             raise LoadFailed(
                 "the artifact holds more than weights, or something else; save only the state dict: "
@@ -91,7 +92,7 @@ def _require_module(model: Any) -> None:
 def _restored(weights_of: Any, path: Path, load_options: Mapping[str, Json], runtime: Runtime) -> Callee:
     device = find_device(runtime.device)
     factory = _permitted(load_options.get("factory"), runtime)
-    weights = weights_of(path)
+    weights = weights_of(path, runtime.sha256)
     network = _built(factory)
     _fill(network, weights, factory)
     try:

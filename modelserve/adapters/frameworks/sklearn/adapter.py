@@ -12,6 +12,7 @@ from modelserve.adapters.frameworks.sklearn.lightgbm_text import LightGBMText
 from modelserve.adapters.frameworks.sklearn.model import USUAL_MARK, SklearnModel
 from modelserve.adapters.frameworks.sklearn.skops_zip import SkopsZip
 from modelserve.adapters.frameworks.sklearn.xgboost_json import XGBoostJson
+from modelserve.contents import contents
 from modelserve.errors import InvalidInput, LoadFailed
 from modelserve.ports import SavedModel
 from modelserve.types import SAFE, Columns, FrameworkName, Json, Runtime
@@ -65,7 +66,7 @@ class SklearnFramework:
             )
         if runtime.compile:
             raise LoadFailed("scikit-learn has no compiler: leave out compile=True, or register with optimize='onnx'")
-        return self.wrap(_FORMATS[format].read(path, load_options, runtime), load_options)
+        return self.wrap(_FORMATS[format].read(contents(path, runtime.sha256), load_options, runtime), load_options)
 
 
 def _format(name: str) -> Format:

@@ -32,5 +32,5 @@ class Format(ABC):
         """Look at a file without loading it; return what :meth:`read` needs to be told."""
 
     @abstractmethod
-    def read(self, path: Path, load_options: Mapping[str, Json], runtime: Runtime) -> Any:
-        """Read the estimator again. Raises ``LoadError``."""
+    def read(self, data: bytes, load_options: Mapping[str, Json], runtime: Runtime) -> Any:
+        """Read the estimator again from the bytes of its file. Raises ``LoadError``."""

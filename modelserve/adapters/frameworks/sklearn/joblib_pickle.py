@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ class JoblibPickle(Format):
         """Nothing is known of a pickle before it is loaded."""
         return {}
 
-    def read(self, path: Path, load_options: Mapping[str, Json], runtime: Runtime) -> Any:  # noqa: ARG002
+    def read(self, data: bytes, load_options: Mapping[str, Json], runtime: Runtime) -> Any:  # noqa: ARG002
         """Unpickle an estimator, where that is allowed."""
         if not runtime.allow_pickle:
             raise ArtifactUnsafe(
@@ -40,7 +41,7 @@ class JoblibPickle(Format):
                 "by default; if you trust whoever registered it, serve the model with ModelOptions(allow_pickle=True)"
             )
         try:
-            return plugins.require("joblib").load(path)
+            return plugins.require("joblib").load(io.BytesIO(data))
         except AttributeError as error:
             missing = _LEFT_IN_MAIN.search(str(error))
             if missing is None or missing[2] not in {

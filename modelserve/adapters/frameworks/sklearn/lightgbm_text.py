@@ -45,7 +45,7 @@ class LightGBMText(Format):
 
     def inspect(self, path: Path, options: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002
         """Number the classes of a classifier, for want of their labels; note the names of the columns."""
-        text = _text(path)
+        text = _text(path.read_bytes())
         if _goes_by_categories(text):
             raise InvalidInput("model", CATEGORIES)
         header = _header(text)
@@ -54,11 +54,11 @@ class LightGBMText(Format):
         names = header.get("feature_names", "").split()
         return {"labels": labels} | ({"names": names} if not all(map(_OF_AN_ARRAY.fullmatch, names)) else {})
 
-    def read(self, path: Path, load_options: Mapping[str, Json], runtime: Runtime) -> Any:
+    def read(self, data: bytes, load_options: Mapping[str, Json], runtime: Runtime) -> Any:
         """Read a booster, and stand in for the estimator that it was part of."""
         lightgbm = plugins.require("lightgbm")
         try:
-            booster = lightgbm.Booster(model_str=_text(path))
+            booster = lightgbm.Booster(model_str=_text(data))
         except lightgbm.basic.LightGBMError as error:
             raise LoadFailed(f"LightGBM cannot read the artifact: {error}") from error
         labels = load_options.get("labels")
@@ -98,9 +98,8 @@ class Classifier:
         return labels
 
 
-def _text(path: Path) -> str:
+def _text(data: bytes) -> str:
     """Return the text of a booster that is whole: LightGBM's parser, and its trees, crash on one that is not."""
-    data = path.read_bytes()
     if not data.startswith(b"tree\n"):
         raise ArtifactUnsafe("the artifact is not LightGBM's text (it does not begin with 'tree'); it was not opened")
     try:

@@ -6,6 +6,7 @@ at registration.
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,9 +75,9 @@ class SkopsZip(Format):
         """List the types that have to be trusted; raises ``ArtifactUnsafe`` unless all of them were allowed."""
         return {"trusted": _trusted_types(path, options.get("trusted") or ())}
 
-    def read(self, path: Path, load_options: Mapping[str, Json], runtime: Runtime) -> Any:  # noqa: ARG002
+    def read(self, data: bytes, load_options: Mapping[str, Json], runtime: Runtime) -> Any:  # noqa: ARG002
         """Read an estimator made of known and trusted types."""
-        return _load_skops(path, load_options.get("trusted", ()))
+        return _load_skops(data, load_options.get("trusted", ()))
 
 
 def _dump_skops(estimator: Any, path: Path) -> None:
@@ -89,7 +90,7 @@ def _dump_skops(estimator: Any, path: Path) -> None:
 
 def _trusted_types(path: Path, trusted: Sequence[str]) -> list[str]:
     """Return the types to write down as trusted: what the file holds beyond skops's list, if all of it was allowed."""
-    _require_zip(path)
+    _require_zip(path.read_bytes())
     try:
         found = set(_skops().get_untrusted_types(file=path))
     except Exception as error:  # whatever a file that is cut off, damaged or made up by somebody does to skops
@@ -106,21 +107,21 @@ def _trusted_types(path: Path, trusted: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def _load_skops(path: Path, trusted: Sequence[str]) -> Any:
+def _load_skops(data: bytes, trusted: Sequence[str]) -> Any:
     skops = _skops()
     untrusted = plugins.require("skops.io.exceptions").UntrustedTypesFoundException
-    _require_zip(path)
+    _require_zip(data)
     try:
-        return skops.load(path, trusted=list(trusted))
+        return skops.loads(data, trusted=list(trusted))
     except untrusted as error:
         raise ArtifactUnsafe(f"the artifact holds types that were not trusted at registration: {error}") from error
     except Exception as error:
         raise LoadFailed(f"skops cannot read the artifact: {type(error).__name__}: {error}") from error
 
 
-def _require_zip(path: Path) -> None:
+def _require_zip(data: bytes) -> None:
     """Refuse what is not a zip before any reader sees it, so that a renamed pickle never reaches an unpickler."""
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(io.BytesIO(data)):
         raise ArtifactUnsafe("the artifact is not a skops file (its bytes are no zip archive); it was not opened")
 
 

@@ -40,7 +40,7 @@ class XGBoostJson(Format):
     def inspect(self, path: Path, options: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002
         """Tell a classifier from a regressor: by what it says, or by what it was trained for."""
         try:
-            learner = orjson.loads(_bytes(path))["learner"]
+            learner = orjson.loads(_require_json(path.read_bytes()))["learner"]
             kind = orjson.loads(learner["attributes"].get("scikit_learn", "{}")).get("_estimator_type")
             objective = learner["objective"]["name"]
             by_category = _goes_by_categories(learner)
@@ -51,12 +51,12 @@ class XGBoostJson(Format):
         classifies = kind == "classifier" if kind else objective.startswith(_CLASSIFYING)
         return {"estimator": "XGBClassifier" if classifies else "XGBRegressor"}
 
-    def read(self, path: Path, load_options: Mapping[str, Json], runtime: Runtime) -> Any:
+    def read(self, data: bytes, load_options: Mapping[str, Json], runtime: Runtime) -> Any:
         """Read an estimator; of its classes nothing is loaded but what XGBoost has itself."""
         name = load_options.get("estimator")
         if name not in _ESTIMATORS:
             raise LoadFailed(f"XGBoost has no estimator {name!r}")
-        data = _bytes(path)
+        _require_json(data)
         missing = load_options.get("missing")  # the file does not say which number stands for none
         options = {} if missing is None else {"missing": missing}
         estimator = getattr(plugins.require("xgboost"), name)(n_jobs=runtime.threads, **options)
@@ -81,9 +81,8 @@ def _goes_by_categories(learner: Json) -> bool:
     return any(each.get("values") for each in known["enc"])
 
 
-def _bytes(path: Path) -> bytes:
+def _require_json(data: bytes) -> bytes:
     """Return the bytes of what begins as XGBoost's JSON does, or its binary form."""
-    data = path.read_bytes()
     if not data.startswith(b"{"):
         raise ArtifactUnsafe("the artifact is not XGBoost's JSON (its bytes begin with no brace); it was not opened")
     return data
