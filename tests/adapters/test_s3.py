@@ -13,6 +13,8 @@ import boto3
 import pytest
 
 from modelserve.artifacts import ArtifactStore, DiskCache
+from modelserve.artifacts.fetching import Fetching
+from modelserve.artifacts.layout import FileId
 from modelserve.errors import ArtifactCorrupt, BackendUnavailable, LoadFailed, ModelServeError
 from modelserve.types import Artifact
 from tests.faulty_s3 import FOREVER, FaultyS3
@@ -177,12 +179,12 @@ def test_an_object_replaced_while_it_is_read_is_never_mixed(
     location = faulty_s3.behind.storage_options["client_kwargs"]
     client = boto3.client("s3", aws_access_key_id="test", aws_secret_access_key="test", **location)
     other = b"x" * (1000 if way == "smaller" else SIZE)
-    whole = DiskCache._receive
+    whole = Fetching._receive
     began = []
 
-    def replace_once(self: DiskCache, *args: object) -> None:
+    def replace_once(self: Fetching, *args: object) -> FileId | None:
         began.append(args)
-        whole(self, *args)  # type: ignore[arg-type]
+        return whole(self, *args)  # type: ignore[arg-type]
 
     if way == "no condition":
         assert store._reader is not None
@@ -192,7 +194,7 @@ def test_an_object_replaced_while_it_is_read_is_never_mixed(
             "call_s3",
             lambda *args, **options: fetch(*args, **{k: v for k, v in options.items() if k != "IfMatch"}),
         )
-    monkeypatch.setattr(DiskCache, "_receive", replace_once)
+    monkeypatch.setattr(Fetching, "_receive", replace_once)
 
     def replace() -> None:
         until_some_arrived(tmp_path)

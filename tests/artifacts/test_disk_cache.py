@@ -528,7 +528,7 @@ def test_one_process_does_not_set_aside_what_another_made_good(store: CountingSt
     found = files.hold(folder / artifact.key)
     assert found is not None
     assert read(DiskCache(folder), store, artifact) == b"hello"
-    cache._quarantine(folder / artifact.key, found)
+    cache._layout.set_aside(artifact.key, found)
     assert (folder / artifact.key).read_bytes() == b"hello"
     assert len(list((folder / "quarantine").iterdir())) == 1
 

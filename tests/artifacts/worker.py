@@ -11,7 +11,7 @@ import threading
 from collections.abc import Generator
 from pathlib import Path
 
-from modelserve.artifacts import ArtifactStore, DiskCache, disk_cache
+from modelserve.artifacts import ArtifactStore, DiskCache, fetching
 from modelserve.artifacts.transfer import Effort
 from modelserve.types import Artifact
 from tests.artifacts.stores import WaitingStore
@@ -58,7 +58,7 @@ def lease(root: str, folder: Path, artifact: Artifact) -> None:
 
 def fork(root: str, folder: Path, artifact: Artifact) -> None:
     """Fork while a thread downloads; the child fetches the same artifact from a store that answers."""
-    disk_cache._PATIENCE_S = 0.1  # type: ignore[misc]
+    fetching.PATIENCE_S = 0.1  # type: ignore[misc]
     cache, waiting = DiskCache(folder), WaitingStore(root)
     held = cache.fetch(ArtifactStore(root), Artifact(key=sys.argv[6], sha256=sys.argv[6][-64:], size=99, format="raw"))
     thread = threading.Thread(target=lambda: cache.fetch(waiting, artifact).release())
