@@ -1,7 +1,8 @@
-"""From the store to the disk and back into use: a cold download and a warm start, beside the bare tools."""
+"""From the store to the disk and back into use: a download, a warm start, a restart's checks, beside the bare tools."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import multiprocessing
@@ -20,7 +21,9 @@ import boto3
 import s3fs
 
 from benchmarks._common import Budget, alternate, arguments, machine, median, print_table, ratio, report
-from modelserve.artifacts import ArtifactStore, DiskCache
+from modelserve.artifacts import ArtifactStore, DiskCache, Lease
+from modelserve.contents import contents
+from modelserve.provision import Provision
 from modelserve.types import Artifact
 from tests import servers
 
@@ -80,6 +83,7 @@ def _sides(
         "cold from a folder": partial(_cold, folder, local, artifact),
         "shutil.copy": partial(_timed, lambda: shutil.copy(source, target)),
         "warm start": partial(_timed, lambda: DiskCache(warm).fetch(local, artifact).release()),
+        "checks of a restart": partial(_restart, DiskCache(warm), local, artifact),
         "bare SHA-256": partial(_timed, lambda: _hash(source)),
     }
 
@@ -91,6 +95,23 @@ def _cold(folder: Path, store: ArtifactStore, artifact: Artifact) -> float:
         return _timed(lambda: DiskCache(cache).fetch(store, artifact).release())
     finally:
         shutil.rmtree(cache)
+
+
+def _restart(cache: DiskCache, store: ArtifactStore, artifact: Artifact) -> float:
+    """Do all that a replica's start does for the sake of its bytes, where a file is read whole, without the load."""
+
+    async def fetch() -> Lease:
+        return await asyncio.to_thread(cache.fetch, store, artifact)
+
+    async def start() -> float:
+        provision = Provision(artifact, await fetch(), fetch)
+        began = time.perf_counter()
+        async with provision.intact():
+            await asyncio.to_thread(contents, provision.path, artifact.sha256)
+        provision.close()
+        return time.perf_counter() - began
+
+    return asyncio.run(start())
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -150,6 +171,12 @@ def _row(side: str, seconds: list[float], found: Mapping[str, list[float]], size
 def _budgets(found: Mapping[str, list[float]], grown: float) -> list[Budget]:
     return [
         Budget("warm start / bare SHA-256", 1.2, ratio(found["warm start"], found["bare SHA-256"]), at_least=False),
+        Budget(
+            "checks of a restart / bare SHA-256",
+            4.0,
+            ratio(found["checks of a restart"], found["bare SHA-256"]),
+            at_least=False,
+        ),
         Budget("MB of memory that a cold download takes", 32.0, grown, at_least=False),
     ]
 
