@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, TypeVar
 from modelserve.artifacts import DOWNLOAD_LIMIT_S
 from modelserve.config import ModelOptions, Settings
 from modelserve.errors import ForkedServer, NotReady
+from modelserve.execution import stack
 from modelserve.keeper import ModelStatus
 from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
 from modelserve.registry import Registry
@@ -179,7 +180,7 @@ class ModelServer:
     def _start_loop(self) -> None:
         loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=_run, args=(loop,), name="modelserve", daemon=True)
-        self._thread.start()
+        stack.start(self._thread)
         self._loop, self._pid = loop, os.getpid()
         atexit.register(self.close)
 

@@ -214,3 +214,17 @@ def test_an_import_loads_no_more_than_it_needs(statement: str, absent: str, tmp_
     script = f"import sys\n{statement}\nprint([name for name in {absent.split()!r} if name in sys.modules])"
     result = run_script(script, tmp_path)
     assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_a_host_whose_threads_have_small_stacks_is_served(registry: ms.Registry, tmp_path: Path) -> None:
+    """A model gets the stack that numerical libraries need; threads of the host keep the size that it has set."""
+    script = """
+        import threading
+        threading.stack_size(64 << 10)
+        import modelserve as ms
+        options = {"m": ms.ModelOptions(timeout_ms=30_000)}
+        with ms.ModelServer(ms.Registry("sqlite:///models.db"), options, cache_dir="cache") as server:
+            print(server.predict("m", {"x": [1.0]}).model_version, threading.stack_size())
+    """
+    ended = run_script(script, tmp_path)
+    assert ended.stdout.split() == ["1", str(64 << 10)], ended.stderr

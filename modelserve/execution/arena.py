@@ -12,6 +12,8 @@ import os
 import tempfile
 from typing import Final, Self
 
+from modelserve.execution.inheritance import lifted
+
 _GRAIN: Final = 1 << 20
 
 
@@ -30,12 +32,12 @@ class Arena:
     def create(cls) -> Self:
         """Make an empty arena with a descriptor that can be inherited by name of its number."""
         if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("modelserve", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fd = lifted(os.memfd_create("modelserve", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
             # A reader of a file that shrinks under its mapping dies of a bus error; the kernel forbids it from here on.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
             return cls(fd)
         with tempfile.TemporaryFile() as file:
-            return cls(os.dup(file.fileno()))
+            return cls(lifted(os.dup(file.fileno())))
 
     def block(self, size: int) -> memoryview:
         """Return the first ``size`` bytes to write into; the arena grows as needed."""

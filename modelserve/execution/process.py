@@ -16,16 +16,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from modelserve.errors import ArtifactUnsafe, InferenceFailed, LoadFailed, ModelServeError, WorkerDied, in_words
-from modelserve.execution import wire
+from modelserve.execution import inheritance, wire
 from modelserve.execution.arena import Arena
-from modelserve.execution.cores import thread_limits
 from modelserve.ports import NotRun
 from modelserve.signature import Signature, unstack
 from modelserve.types import SAFE, Json, Row, Runtime
@@ -33,10 +31,6 @@ from modelserve.types import SAFE, Json, Row, Runtime
 _log = logging.getLogger("modelserve")
 _STOP_S: Final = 5.0  # how long a worker may take to finish its batch and end, before it is killed
 _DRAIN_S: Final = 0.1  # how long a dead worker's socket may stay open: somebody else may hold its other end
-_DEFAULTS: Final = {
-    "TF_CPP_MIN_LOG_LEVEL": "2",  # what the processor can do is nothing for the log of the host; errors are
-    "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # or the first of several workers takes all of a GPU's memory
-}
 _MODULE: Final = "modelserve.execution.worker"
 
 
@@ -96,7 +90,11 @@ class ProcessReplica:
             )
             self._transport.write(wire.frame(wire.START, text=json.dumps(dataclasses.asdict(self._spec)).encode()))
             await self._loaded
-        except (OSError, RuntimeError) as error:  # no such program, no descriptor, no thread
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # no such program, no descriptor, no thread, an odd variable
             self.kill(f"it could not be started: {error}")
             raise LoadFailed(f"the worker process could not be started: {error}") from error
         except BaseException as error:
@@ -162,17 +160,13 @@ class ProcessReplica:
     def _spawn(self) -> socket.socket:
         """Start the process from the loop's own thread: the kernel ties the worker's life to the thread it is from."""
         with contextlib.ExitStack() as undo:
-            ours, theirs = socket.socketpair()
+            ours, theirs = map(inheritance.lifted_socket, socket.socketpair())
             undo.callback(ours.close)
             undo.callback(self._close_arenas)
             with theirs:
                 for _ in range(2 * wire.ARENAS):
                     self._arenas.append(Arena.create())
-                inherited = [theirs.fileno(), *(arena.fd for arena in self._arenas)]
-                command = [sys.executable, "-P", "-m", _MODULE, str(os.getpid()), *map(str, inherited)]
-                process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
-                    command, pass_fds=inherited, stdin=subprocess.DEVNULL, env=self._environment()
-                )
+                process = self._popen([theirs.fileno(), *(arena.fd for arena in self._arenas)])
             undo.callback(process.wait)
             undo.callback(process.kill)
             threading.Thread(target=self._wait, args=(process,), name=f"{self._name}-wait", daemon=True).start()
@@ -180,13 +174,17 @@ class ProcessReplica:
         self._process = process
         return ours
 
-    def _environment(self) -> dict[str, str]:
-        """Return the host's environment, with its import path, limits on threads, and the devices it may see."""
-        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # noqa: PTH100  # "" is the current folder
-        runtime = self._spec.runtime
-        limits = {} if runtime.threads is None else thread_limits(runtime.threads, os.environ)
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if runtime.device == "cpu" else {}  # a context costs memory of the GPU
-        return {**_DEFAULTS, **os.environ, **limits, **hidden, "PYTHONPATH": path}
+    def _popen(self, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
+        python = [inheritance.interpreter(), *inheritance.flags(), "-m", _MODULE]
+        return subprocess.Popen(  # noqa: S603  # our own interpreter and module
+            [*python, str(os.getpid()), *map(str, inherited)],
+            pass_fds=inherited,
+            env=inheritance.environment(self._spec.runtime),
+            cwd=inheritance.folder(),
+            stdin=subprocess.DEVNULL,
+            stdout=inheritance.stream(1),
+            stderr=inheritance.stream(2),
+        )
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         """Wait for the process in a thread of its own: it leaves no zombie, and no signal handler is needed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import queue
 import threading
@@ -18,6 +19,7 @@ from time import perf_counter
 from typing import Any, Final, NamedTuple
 
 from modelserve.errors import InferenceFailed, LoadError, LoadFailed, WorkerDied, in_words
+from modelserve.execution import stack
 from modelserve.execution.in_place import InPlace
 from modelserve.ports import Model, NotRun
 from modelserve.signature import Signature, unstack
@@ -35,16 +37,17 @@ class ThreadReplica:
         self._signature = signature
         self._model: Model | None = None
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._in_hand: deque[asyncio.Future[Any]] = deque()
         self._in_place = InPlace()
+        self._context = contextvars.Context()  # the model's own: no caller's NumPy error state or decimal precision
         self._stopping: str | None = None
 
     async def start(self) -> None:
         """Load the model in the replica's thread. Raises ``LoadError``."""
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
-        self._thread.start()
+        stack.start(self._thread)
         try:
             self._model = await self._call(self._load)
         except LoadError:
@@ -90,6 +93,10 @@ class ThreadReplica:
         """Tell how many batches ran in place, and how many of them took longer than they may."""
         return {"in_place": self._in_place.batches, "over_cap": self._in_place.over_cap}
 
+    def _over(self) -> None:
+        self.kill("its thread ended")
+        _resolve(self._ended, None, None)
+
     def _end(self, reason: str) -> None:
         if self._stopping is None:
             self._stopping = reason
@@ -99,7 +106,7 @@ class ThreadReplica:
         answer: asyncio.Future[list[Json]] = self._loop.create_future()
         began = perf_counter()
         try:
-            answer.set_result(self._infer(rows))
+            answer.set_result(self._context.run(self._infer, rows))
         except InferenceFailed as error:
             answer.set_exception(error)
         self._in_place.ran(len(rows), perf_counter() - began)
@@ -132,18 +139,23 @@ class ThreadReplica:
 
     # -- in the thread -------------------------------------------------------------------------------------
 
+    def _live(self) -> None:
+        try:
+            self._work()
+        finally:  # also when a tracer or a debugger of the host ends the thread
+            self._tell(self._over)
+
     def _work(self) -> None:
         while (job := self._inbox.get()) is not None:
             result, error = None, None
             began = perf_counter()
             try:
-                result = job.work()
+                result = self._context.run(job.work)
             except BaseException as raised:  # noqa: BLE001  # even to exit: what a model does is its caller's to see
                 error = raised if isinstance(raised, Exception) else InferenceFailed(f"it raised {in_words(raised)}")
             self._tell(self._settle, job, perf_counter() - began, result, error)
             del job, result, error  # a waiting thread must not keep the last batch in memory
         self._model = None
-        self._tell(_resolve, self._ended, None, None)
 
     def _tell(self, call: Callable[..., None], *args: Any) -> None:
         # The loop may be gone: a host that stops its loop without stopping the server has no one to tell.

@@ -31,6 +31,7 @@ from modelserve.types import Runtime
 
 _PR_SET_PDEATHSIG: Final = 1
 _WATCH_S: Final = 1.0
+_ALL_BUT_THE_OWNER: Final = 0o077
 _READ_AHEAD: Final = 2 * wire.INLINE
 
 
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> None:
     host, channel, *arenas = map(int, arguments)
     _behave(host)
     with socket.socket(fileno=channel) as connection:
+        connection.settimeout(None)  # it does not block, where the host has set a time-out for all sockets
         worker = _Worker(connection, [Arena(fd) for fd in arenas])
         # A host that is gone, or that had no time to wait, has closed the socket: then there is nothing left to do.
         with contextlib.suppress(EOFError, ConnectionError):
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _behave(host: int) -> None:
-    """End with the host and never before it.
+    """End with the host and never before it, and be free of what the host has set for itself alone.
 
     Signals meant for a group of processes (Ctrl-C, a service manager's SIGTERM) reach workers too, while the host
     still has batches to finish. The closed socket tells an idle worker that its host has died; the watch tells one
@@ -55,6 +57,9 @@ def _behave(host: int) -> None:
     faulthandler.enable()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, programs that the model runs have no exit status
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.umask(os.umask(_ALL_BUT_THE_OWNER) & _ALL_BUT_THE_OWNER)  # what the model writes, it can read
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_watch, args=(host,), name="modelserve-watch", daemon=True).start()

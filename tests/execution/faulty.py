@@ -5,6 +5,9 @@ Importable in a worker: ``PATH`` is what it resolves.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,9 +78,31 @@ def _special(columns: Columns) -> Columns:
     return {SOLE_OUTPUT: np.tile(special, (len(columns["x"]), 1))}
 
 
+def _surroundings(columns: Columns) -> Columns:
+    """Answer what a worker finds around it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    found = {
+        "folder": str(Path.cwd()),
+        "umask": mask,
+        "blocked": len(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+        "children": signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL,
+        "optimize": sys.flags.optimize,
+        "dev": sys.flags.dev_mode,
+        "warnings": sys.warnoptions,
+        "encoding": sys.getfilesystemencoding(),
+        "path": sys.path,
+        "streams": [os.fstat(fd).st_mode > 0 for fd in range(3)],
+    }
+    answer = np.empty(len(columns["x"]), dtype=object)
+    answer[:] = [found] * len(answer)
+    return {SOLE_OUTPUT: answer}
+
+
 _MODELS: Final[dict[str, Callable[[Columns], Columns]]] = {
     "too large": _too_large,
     "no width": _no_width,
     "no words": _no_words,
     "special": _special,
+    "surroundings": _surroundings,
 }

@@ -23,30 +23,11 @@ import pytest
 from modelserve.errors import ExecutionError, InferenceFailed, LoadFailed, WorkerDied
 from modelserve.execution import process
 from modelserve.execution.arena import Arena
-from modelserve.execution.process import ProcessReplica, WorkerSpec
-from modelserve.execution.thread import ThreadReplica
-from modelserve.signature import Signature
+from modelserve.execution.process import ProcessReplica
 from modelserve.testing.misbehaving import DEAF, KILLED, SEGFAULT
 from modelserve.testing.replicas import GATED, IMAGE, NUMBER, Make, ReplicaContract, exists, numbers, started
-from modelserve.types import Runtime
-from tests.execution.faulty import FAULT, FINE, PATH, FaultyFramework
-
-
-def thread_replica(model: str, signature: Signature, **options: Any) -> ThreadReplica:
-    return ThreadReplica(lambda: FaultyFramework().load(Path(), model, options), signature)
-
-
-def process_replica(model: str, signature: Signature, *, niceness: int = 0, **options: Any) -> ProcessReplica:
-    spec = WorkerSpec(
-        framework=PATH,
-        path="",
-        format=model,
-        load_options=options,
-        signature=signature.to_json(),
-        runtime=Runtime(threads=3),
-        niceness=niceness,
-    )
-    return ProcessReplica(spec, signature)
+from tests.execution.faulty import FAULT, FINE, FaultyFramework
+from tests.execution.hosting import process_replica, thread_replica
 
 
 class TestThreadReplica(ReplicaContract):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import decimal
 import logging
 import threading
 import time
@@ -323,3 +324,39 @@ async def test_a_killed_thread_gives_up_its_batch_and_is_over_when_it_ends() -> 
     release.set()
     assert await over == "it hangs"
     await replica.stop()
+
+
+async def test_a_model_is_the_same_in_its_thread_and_in_place() -> None:
+    """What a caller has set for its own context (NumPy's errors, decimal precision) is nothing to the model."""
+    seen = set()
+
+    def look(_: Columns) -> None:
+        seen.add((decimal.getcontext().prec, np.geterr()["over"]))
+
+    pool = pool_of(Model(look), max_rows=16)
+    await pool.start(proof)
+    with np.errstate(all="raise"), decimal.localcontext(prec=5):
+        for _ in range(50):
+            assert await pool.submit(rows(0.0), later()) == [0.0]
+    assert pool.status().replicas[0].detail["in_place"] > 0
+    assert seen == {(28, "warn")}
+    await pool.stop()
+
+
+async def test_a_thread_that_is_ended_from_outside_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracer of the host that raises ends the thread of a replica: whatever waits for it is woken."""
+
+    def tracer(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_name == "_work":
+            raise RuntimeError("a tracer of the host")
+        return None
+
+    replica = ThreadReplica(Model, SIGNATURE)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda _: None)
+        patch.setattr(threading, "_trace_hook", tracer)
+        with pytest.raises(LoadFailed, match="its thread ended"):
+            await asyncio.wait_for(replica.start(), 30)
+        replica._thread.join(30)
+    assert await asyncio.wait_for(replica.ended(), 30) == "its thread ended"
+    assert not replica.alive
