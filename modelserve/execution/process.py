@@ -26,7 +26,7 @@ from modelserve.execution import inheritance, wire
 from modelserve.execution.arena import Arena
 from modelserve.ports import NotRun
 from modelserve.signature import Signature, unstack
-from modelserve.types import SAFE, Json, Row, Runtime
+from modelserve.types import SAFE, Columns, Json, Row, Runtime
 
 _log = logging.getLogger("modelserve")
 _STOP_S: Final = 5.0  # how long a worker may take to finish its batch and end, before it is killed
@@ -111,8 +111,8 @@ class ProcessReplica:
         sent = _Sent(self._batches + 1, len(rows), answer)
         try:
             frame = self._batch(sent, rows)
-        except (OSError, MemoryError) as error:
-            answer.set_exception(InferenceFailed(f"no memory to hand {len(rows)} rows over: {in_words(error)}"))
+        except Exception as error:  # noqa: BLE001  # no memory, or values that cannot cross: this batch's failure alone
+            answer.set_exception(InferenceFailed(f"{len(rows)} rows could not be handed over: {in_words(error)}"))
             return answer
         self._batches = sent.seq
         self._sent.append(sent)
@@ -267,13 +267,19 @@ class ProcessReplica:
         if header.kind == wire.FAILED:
             sent.answer.set_exception(_error(text))
             return
-        arena = self._arenas[wire.ARENAS + header.seq % wire.ARENAS]
-        inline = header.block <= wire.INLINE
-        outputs = wire.read_outputs(text, lambda: body[header.text :] if inline else arena.read(header.block))
         try:
-            sent.answer.set_result(unstack(outputs, sent.rows))
+            sent.answer.set_result(unstack(self._outputs(header, text, body), sent.rows))
+        except wire.ProtocolError:
+            raise
         except InferenceFailed as error:
             sent.answer.set_exception(error)
+        except Exception as error:  # noqa: BLE001  # no memory for it: this batch's failure, not the worker's
+            sent.answer.set_exception(InferenceFailed(f"the answer could not be taken over: {in_words(error)}"))
+
+    def _outputs(self, header: wire.Header, text: bytes, body: memoryview) -> Columns:
+        arena = self._arenas[wire.ARENAS + header.seq % wire.ARENAS]
+        inline = header.block <= wire.INLINE
+        return wire.read_outputs(text, lambda: body[header.text :] if inline else arena.read(header.block))
 
 
 class _Frames(asyncio.Protocol):

@@ -88,7 +88,7 @@ class RowLayout:
     def __init__(self, inputs: Sequence[Field]) -> None:
         self._names = [field.name for field in inputs]
         self._arrays = [(i, field, _row_bytes(field)) for i, field in enumerate(inputs) if field.dtype != "string"]
-        self._strings = [i for i, field in enumerate(inputs) if field.dtype == "string"]
+        self._strings = [(i, field.shape) for i, field in enumerate(inputs) if field.dtype == "string"]
 
     def size(self, rows: int) -> int:
         """Return the length of the block in bytes."""
@@ -102,16 +102,20 @@ class RowLayout:
                 np.concatenate(columns[i], out=array.reshape(-1, *field.shape[1:]))
             else:
                 array[:] = columns[i]
-        return json.dumps([columns[i] for i in self._strings]).encode() if self._strings else b""
+        return self._text(columns) if self._strings else b""
 
     def read(self, rows: int, block: bytearray | memoryview, text: bytes | memoryview) -> dict[str, Array]:
         """Return the columns, arrays in place. Raises ``ValueError`` if block or text are too short."""
         columns: dict[str, Any] = dict.fromkeys(self._names)
         for _, field, array in self._views(rows, block):
             columns[field.name] = array
-        for i, values in zip(self._strings, json.loads(bytes(text)) if self._strings else (), strict=True):
-            columns[self._names[i]] = np.array(values, dtype=object)
+        for (i, shape), values in zip(self._strings, json.loads(bytes(text)) if self._strings else (), strict=True):
+            columns[self._names[i]] = np.array(values, dtype=object).reshape(rows, *shape)
         return columns
+
+    def _text(self, columns: Sequence[Sequence[Any]]) -> bytes:
+        strings = [[each.tolist() for each in columns[i]] if shape else columns[i] for i, shape in self._strings]
+        return within_limits(json.dumps(strings).encode())
 
     def _views(self, rows: int, block: bytearray | memoryview) -> list[tuple[int, Field, Array]]:
         views, offset = [], 0
@@ -121,6 +125,13 @@ class RowLayout:
             views.append((i, field, array))
             offset += _aligned(rows * row_bytes)
         return views
+
+
+def within_limits(text: bytes) -> bytes:
+    """Return a text that a frame can carry. Raises ``InferenceFailed`` for a longer one."""
+    if len(text) > MAX_TEXT:
+        raise InferenceFailed(f"{len(text)} bytes of text in one batch; at most {MAX_TEXT} can be handed over")
+    return text
 
 
 def _row_bytes(field: Field) -> int:
@@ -149,7 +160,10 @@ class Outputs:
 
 
 def outputs_of(columns: Columns) -> Outputs:
-    """Lay out the columns. Raises ``InferenceFailed`` for values that have no JSON form."""
+    """Lay out columns that :func:`modelserve.signature.check_outputs` has returned.
+
+    Raises ``InferenceFailed`` for more of them than can be handed over.
+    """
     described: list[Json] = []
     arrays: list[tuple[int, Array]] = []
     offset = 0
@@ -162,17 +176,7 @@ def outputs_of(columns: Columns) -> Outputs:
             described.append([name, column.tolist()])
     if offset > MAX_BLOCK:
         raise InferenceFailed(f"the model answered {offset} bytes for one batch; at most {MAX_BLOCK} can be given")
-    try:
-        text = json.dumps(described, default=_plain).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InferenceFailed(f"the model's answer has no JSON form: {error}") from error
-    return Outputs(text, offset, arrays)
-
-
-def _plain(value: Any) -> Json:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(f"a {type(value).__name__} has none")
+    return Outputs(within_limits(json.dumps(described).encode()), offset, arrays)
 
 
 def read_outputs(text: bytes, fetch: Callable[[], bytes | memoryview]) -> Mapping[str, Array]:
@@ -190,9 +194,7 @@ def read_outputs(text: bytes, fetch: Callable[[], bytes | memoryview]) -> Mappin
 
 def _read_column(column: Json, block: bytes | memoryview) -> Array:
     if len(column) == 2:  # noqa: PLR2004  # a name and plain values
-        values = np.empty(len(column[1]), dtype=object)
-        values[:] = column[1]
-        return values
+        return np.fromiter(column[1], dtype=object, count=len(column[1]))
     _, name, shape, offset = column
     dtype = np.dtype(str(name))
     if dtype.kind not in _READABLE or min(shape, default=0) < 0 or offset < 0:

@@ -32,6 +32,7 @@ from modelserve.types import Runtime
 _PR_SET_PDEATHSIG: Final = 1
 _WATCH_S: Final = 1.0
 _ALL_BUT_THE_OWNER: Final = 0o077
+_MOST_WORDS: Final = 1 << 16  # characters of an error
 _READ_AHEAD: Final = 2 * wire.INLINE
 
 
@@ -136,9 +137,7 @@ def _load(spec: dict[str, Any]) -> Model:
 
 
 def _infer(model: Model, columns: Any, rows: int) -> wire.Outputs:
-    outputs = model.infer(columns)
-    check_outputs(outputs, rows)
-    return wire.outputs_of(outputs)
+    return wire.outputs_of(check_outputs(model.infer(columns), rows))
 
 
 def _failure(error: BaseException) -> bytes:
@@ -156,7 +155,7 @@ def _refusal(error: BaseException) -> bytes:
 
 
 def _described(error: Exception) -> bytes:
-    return json.dumps([type(error).__name__, str(error)]).encode()
+    return json.dumps([type(error).__name__, str(error)[:_MOST_WORDS]]).encode()
 
 
 if __name__ == "__main__":

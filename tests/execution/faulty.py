@@ -57,11 +57,6 @@ def _too_large(columns: Columns) -> Columns:
     return {SOLE_OUTPUT: np.broadcast_to(np.float64(1.0), (len(columns["x"]), 2**40))}
 
 
-def _no_width(columns: Columns) -> Columns:
-    """Answer strings of no characters."""
-    return {SOLE_OUTPUT: np.ndarray((len(columns["x"]),), "U0")}
-
-
 def _no_words(_: Columns) -> NoReturn:
     """Raise what cannot say what it is."""
 
@@ -101,7 +96,6 @@ def _surroundings(columns: Columns) -> Columns:
 
 _MODELS: Final[dict[str, Callable[[Columns], Columns]]] = {
     "too large": _too_large,
-    "no width": _no_width,
     "no words": _no_words,
     "special": _special,
     "surroundings": _surroundings,

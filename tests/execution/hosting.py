@@ -7,20 +7,30 @@ from typing import Any
 
 from modelserve.execution.process import ProcessReplica, WorkerSpec
 from modelserve.execution.thread import ThreadReplica
+from modelserve.ports import Framework
 from modelserve.signature import Signature
 from modelserve.types import Runtime
-from tests.execution.faulty import PATH, FaultyFramework
+from tests.execution.faulty import FaultyFramework
 
 
-def thread_replica(model: str, signature: Signature, **options: Any) -> ThreadReplica:
+def thread_replica(
+    model: str, signature: Signature, *, framework: type[Framework] = FaultyFramework, **options: Any
+) -> ThreadReplica:
     """Return a replica in a thread, not started."""
-    return ThreadReplica(lambda: FaultyFramework().load(Path(), model, options), signature)
+    return ThreadReplica(lambda: framework().load(Path(), model, options), signature)
 
 
-def process_replica(model: str, signature: Signature, *, niceness: int = 0, **options: Any) -> ProcessReplica:
+def process_replica(
+    model: str,
+    signature: Signature,
+    *,
+    framework: type[Framework] = FaultyFramework,
+    niceness: int = 0,
+    **options: Any,
+) -> ProcessReplica:
     """Return a replica in a process, not started."""
     spec = WorkerSpec(
-        framework=PATH,
+        framework=f"{framework.__module__}:{framework.__name__}",
         path="",
         format=model,
         load_options=options,

@@ -199,7 +199,6 @@ async def test_nothing_is_left_of_a_thread(nothing_left: None) -> None:
     [
         (thread_replica, "too large"),
         (process_replica, "too large"),
-        (process_replica, "no width"),
         (thread_replica, "no words"),
         (process_replica, "no words"),
     ],
