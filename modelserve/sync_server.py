@@ -6,16 +6,17 @@ import asyncio
 import atexit
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Final, Literal, Self, TypeVar
 
 from modelserve.artifacts import DOWNLOAD_LIMIT_S
 from modelserve.config import ModelOptions, Settings
-from modelserve.errors import ForkedServer, NotReady
+from modelserve.errors import ConfigError, ForkedServer, NotReady
 from modelserve.execution import stack
 from modelserve.keeper import ModelStatus
 from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
@@ -24,6 +25,7 @@ from modelserve.server import AsyncModelServer, from_settings
 from modelserve.types import LogStatus, Prediction
 
 T = TypeVar("T")
+_GREEN: Final = ("threading", "queue", "select", "subprocess")  # all of them gevent's, or none
 
 
 class ModelServer:
@@ -144,8 +146,12 @@ class ModelServer:
             raise
 
     def start(self) -> None:
-        """Start the private loop and load what is wanted; returns when that is done, whoever began it."""
+        """Start the private loop and load what is wanted; returns when that is done, whoever began it.
+
+        Raises ``ConfigError`` where gevent has patched only a part of what the loop needs.
+        """
         self._refuse_forked()
+        _refuse_half_patched()
         with self._gate:
             if self._loop is None:
                 self._start_loop()
@@ -196,6 +202,19 @@ class ModelServer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _refuse_half_patched() -> None:
+    """Refuse a host in which a thread would wait for greenlets that do not run there, or a greenlet would stop all."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None:
+        return
+    left = [name for name in _GREEN if not monkey.is_module_patched(name)]
+    if left and len(left) < len(_GREEN):
+        raise ConfigError(
+            f"gevent has patched other modules, but not {', '.join(left)}: call gevent.monkey.patch_all() without "
+            f"exceptions and before other imports, or leave all of {', '.join(_GREEN)} unpatched"
+        )
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

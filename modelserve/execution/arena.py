@@ -12,7 +12,7 @@ import os
 import tempfile
 from typing import Final, Self
 
-from modelserve.execution.inheritance import lifted
+from modelserve.execution.descriptors import lifted
 
 _GRAIN: Final = 1 << 20
 

@@ -7,9 +7,7 @@ a worker from starting, or have it run the model otherwise than the host does, i
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
 import subprocess
 import sys
 from typing import Final
@@ -24,7 +22,6 @@ _DEFAULTS: Final = {
 }
 _FLAGS: Final = {"optimize": "-O", "dont_write_bytecode": "-B", "no_user_site": "-s", "no_site": "-S"}
 _INTERPRETERS: Final = ("python", "pypy", "graalpy")
-_FIRST_FREE: Final = 3  # 0, 1 and 2 are the standard streams, in the host and in the worker
 
 
 def interpreter() -> str:
@@ -81,26 +78,6 @@ def stream(fd: int) -> int | None:
         return None if os.get_inheritable(fd) else subprocess.DEVNULL
     except OSError:
         return subprocess.DEVNULL
-
-
-def lifted(fd: int) -> int:
-    """Return a descriptor, moved away from the numbers of the standard streams.
-
-    A host that has closed a stream gets its number for the next file it opens; what is printed would be written there.
-    """
-    if fd >= _FIRST_FREE:
-        return fd
-    try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
-    finally:
-        os.close(fd)
-
-
-def lifted_socket(connection: socket.socket) -> socket.socket:
-    """Return a socket whose descriptor is :func:`lifted`."""
-    if connection.fileno() >= _FIRST_FREE:
-        return connection
-    return socket.socket(fileno=lifted(connection.detach()))
 
 
 def _misleads(name: str, value: str) -> bool:

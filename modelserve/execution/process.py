@@ -24,6 +24,7 @@ from typing import Any, Final
 from modelserve.errors import ArtifactUnsafe, InferenceFailed, LoadFailed, ModelServeError, WorkerDied, in_words
 from modelserve.execution import inheritance, wire
 from modelserve.execution.arena import Arena
+from modelserve.execution.descriptors import lifted_socket
 from modelserve.ports import NotRun
 from modelserve.signature import Signature, unstack
 from modelserve.types import SAFE, Columns, Json, Row, Runtime
@@ -160,7 +161,7 @@ class ProcessReplica:
     def _spawn(self) -> socket.socket:
         """Start the process from the loop's own thread: the kernel ties the worker's life to the thread it is from."""
         with contextlib.ExitStack() as undo:
-            ours, theirs = map(inheritance.lifted_socket, socket.socketpair())
+            ours, theirs = map(lifted_socket, socket.socketpair())
             undo.callback(ours.close)
             undo.callback(self._close_arenas)
             with theirs:

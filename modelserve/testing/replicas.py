@@ -38,6 +38,7 @@ EVERYTHING = Signature(
         Field("name", "string", nullable=True),
         Field("vector", "float32", (3,)),
         Field("matrix", "int64", (2, 2)),
+        Field("words", "string", (2,), nullable=True),
     ]
 )
 GATED = Signature([Field("x", "float64"), Field("gate", "string"), Field("started", "string")])
@@ -96,6 +97,7 @@ class ReplicaContract:
                 "name": None if i % 4 == 0 else f"naïve {i} \N{SNOWMAN}",
                 "vector": [i, i + 0.5, -i],
                 "matrix": [[i, -i], [2**62, 0]],
+                "words": [f"{i}\0", None],
             }
             for i in range(count)
         ]

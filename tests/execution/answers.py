@@ -27,7 +27,7 @@ class Answering(Misbehaving):
         runtime: Runtime = SAFE,
     ) -> Model:
         """Make the model named ``format``."""
-        models = {"described": Described(), "cases": _Cases()}
+        models: dict[str, Model] = {"described": Described(), "cases": _Cases()}
         return models[format] if format in models else super().load(path, format, load_options, runtime)
 
 
@@ -47,7 +47,8 @@ class _Cases:
     """Answers with the case of which ``x`` is the number."""
 
     def infer(self, columns: Columns) -> Columns:
-        return CASES[int(columns["x"][0])].answer(len(columns["x"]))
+        answer: Columns = CASES[int(columns["x"][0])].answer(len(columns["x"]))
+        return answer
 
 
 class Refused(NamedTuple):

@@ -75,13 +75,14 @@ class Replicas:
 
     def __init__(self, runner: asyncio.Runner) -> None:
         self._runner = runner
-        self._pairs: dict[str, tuple[ThreadReplica, ProcessReplica]] = {}
+        self._pairs: dict[str, list[ThreadReplica | ProcessReplica]] = {}
 
     def start(self, model: str, signature: Signature) -> None:
         async def start() -> None:
-            pair = tuple(make(model, signature, framework=Answering) for make in (thread_replica, process_replica))
-            await asyncio.gather(*(replica.start() for replica in pair))
-            self._pairs[model] = pair  # type: ignore[assignment]
+            self._pairs[model] = [
+                make(model, signature, framework=Answering) for make in (thread_replica, process_replica)
+            ]
+            await asyncio.gather(*(replica.start() for replica in self._pairs[model]))
 
         self._runner.run(start())
 
@@ -101,7 +102,7 @@ class Replicas:
 
         return self._runner.run(ask_both())
 
-    def stop(self) -> None:
+    def close(self) -> None:
         for replica in itertools.chain.from_iterable(self._pairs.values()):
             self._runner.run(replica.stop())
 
@@ -109,18 +110,11 @@ class Replicas:
 @pytest.fixture(scope="module")
 def replicas() -> Iterator[Replicas]:
     """Every model once in a thread and once in a process, for all tests."""
-    with asyncio.Runner() as runner, contextlib.closing(_Closing(Replicas(runner))) as closing:
+    with asyncio.Runner() as runner, contextlib.closing(Replicas(runner)) as made:
         for model in ("echo", "described"):
-            closing.replicas.start(model, SIGNATURE)
-        closing.replicas.start("cases", NUMBER)
-        yield closing.replicas
-
-
-class _Closing(NamedTuple):
-    replicas: Replicas
-
-    def close(self) -> None:
-        self.replicas.stop()
+            made.start(model, SIGNATURE)
+        made.start("cases", NUMBER)
+        yield made
 
 
 class Asked(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import resource
@@ -15,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,17 +271,3 @@ async def test_a_host_without_an_interpreter_is_told_so(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     with pytest.raises(LoadFailed, match="needs a Python interpreter"):
         await process_replica("double", NUMBER).start()
-
-
-def test_a_descriptor_keeps_away_from_the_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A descriptor with the number of a stream is moved, another is left where it is."""
-    closed: list[int] = []
-    monkeypatch.setattr(inheritance, "os", SimpleNamespace(close=closed.append))
-    moved = inheritance.lifted(1)
-    try:
-        assert moved > 2
-        assert closed == [1]
-        assert fcntl.fcntl(moved, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
-        assert inheritance.lifted(moved) == moved
-    finally:
-        os.close(moved)

@@ -231,6 +231,49 @@ def test_a_server_started_before_the_fork_says_so(folder: Path) -> None:
     assert "start it after the fork" in (folder / "log").read_text(encoding="utf-8")
 
 
+def test_gunicorn_with_greenlets(folder: Path) -> None:
+    """Under gevent, which patches the whole process, the WSGI face answers from worker processes."""
+    program(folder, FLASK)
+    with web(folder, ["gunicorn", "-k", "gevent", "-w", "1", "-b", "127.0.0.1:PORT", "host:app"]) as client:
+        eventually(lambda: answers(client, "/ml/predict/m"), (folder / "log").read_text(encoding="utf-8"))
+        assert len(workers(folder)) == 2
+
+
+GREEN = """
+import gevent
+for executor in ("thread", "process"):
+    settings["models"] = {"m": options.model_copy(update={"executor": executor, "timeout_ms": 30_000})}
+    with ms.ModelServer(registry, **settings) as server:
+        asking = [gevent.spawn(server.predict, "m", {"x": [float(i)]}) for i in range(2, 100)]
+        turns = 0
+        while not all(map(gevent.Greenlet.ready, asking)):
+            gevent.sleep()
+            turns += 1
+        assert [each.get().prediction for each in asking] == [2.0 * i for i in range(2, 100)]
+        assert turns > 1
+print("answered")
+"""
+
+
+def test_a_host_of_greenlets(folder: Path) -> None:
+    """With gevent's patches the server answers greenlets, from a thread and from a process, and lets others run."""
+    path = program(folder, GREEN)
+    path.write_text(
+        "from gevent import monkey\nmonkey.patch_all()\n" + path.read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    ended = run(folder, path)
+    assert ended.stdout.split() == ["answered"], ended.stderr
+
+
+@pytest.mark.parametrize("half", ["patch_all(thread=False)", "patch_all(select=False)", "patch_thread()"])
+def test_a_host_that_is_half_of_greenlets_is_refused(folder: Path, half: str) -> None:
+    """Threads that wait for greenlets, or greenlets that wait like threads, would never start: an error says so."""
+    path = program(folder, "ms.ModelServer(registry, **settings).start()\n")
+    path.write_text(f"from gevent import monkey\nmonkey.{half}\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    ended = run(folder, path)
+    assert "ConfigError: gevent has patched other modules, but not" in ended.stderr
+
+
 def test_uvicorn_with_several_workers(folder: Path) -> None:
     """Each uvicorn worker has worker processes of its own."""
     program(folder, ASGI)
