@@ -146,7 +146,7 @@ class ModelServer:
             raise
 
     def start(self) -> None:
-        """Start the private loop and load what is wanted; returns when that is done, whoever began it.
+        """Start the private loop and load what is wanted; returns when that is done, also if another thread began it.
 
         Raises ``ConfigError`` where gevent has patched only a part of what the loop needs.
         """

@@ -1,4 +1,4 @@
-"""A worker starts and answers whatever its host has set for the whole process."""
+"""A worker starts and answers with anything that its host has set for the whole process."""
 
 from __future__ import annotations
 

@@ -343,8 +343,8 @@ async def test_a_model_is_the_same_in_its_thread_and_in_place() -> None:
     await pool.stop()
 
 
-async def test_a_thread_that_is_ended_from_outside_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tracer of the host that raises ends the thread of a replica: whatever waits for it is woken."""
+async def test_a_thread_that_is_ended_from_outside_wakes_its_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracer of the host that raises ends the thread of a replica: its callers are woken."""
 
     def tracer(frame: Any, event: str, _: Any) -> Any:
         if frame.f_code.co_name == "_work":
