@@ -34,6 +34,8 @@ class Askers(Executor):
         self._threads: set[threading.Thread] = set()
         self._guard = threading.Lock()
         self._over = False
+        self.ended = 0
+        """How many calls have ended: it stands still while none of the threads gets an answer."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Call in one of the threads. Raises ``RuntimeError`` after :meth:`shutdown`."""
@@ -65,7 +67,7 @@ class Askers(Executor):
         me = threading.current_thread()
         while True:
             with self._guard:
-                self._busy.pop(me, None)
+                self.ended += self._busy.pop(me, None) is not None
                 self._idle += 1
             question = self._questions.get()
             with self._guard:
@@ -82,10 +84,35 @@ class Askers(Executor):
                     future.set_exception(error)
 
 
-async def answered(executor: Executor, call: Callable[..., T], *args: Any) -> T:
-    """Return what a call answers. Raises ``BackendUnavailable`` when it has not within ``ANSWER_LIMIT_S``."""
+async def answered(askers: Askers, call: Callable[..., T], *args: Any) -> T:
+    """Return what a call answers. Raises ``BackendUnavailable`` when it has not within ``ANSWER_LIMIT_S``.
+
+    That counts from when the call begins. It waits for those before it as long as one of them ends now and then.
+    """
+    loop, begun = asyncio.get_running_loop(), asyncio.Event()
+
+    def ask() -> T:
+        loop.call_soon_threadsafe(begun.set)
+        return call(*args)
+
+    answer = loop.run_in_executor(askers, ask)
     try:
+        await _begins(begun, askers)
         async with asyncio.timeout(ANSWER_LIMIT_S):
-            return await asyncio.get_running_loop().run_in_executor(executor, call, *args)
+            return await answer
     except TimeoutError as error:
         raise BackendUnavailable("registry", f"it has not answered within {ANSWER_LIMIT_S:.0f} s") from error
+    finally:
+        answer.cancel()
+
+
+async def _begins(begun: asyncio.Event, askers: Askers) -> None:
+    """Wait for a call to begin. Raises ``TimeoutError`` when none before it has ended for ``ANSWER_LIMIT_S``."""
+    while not begun.is_set():
+        ended = askers.ended
+        try:
+            async with asyncio.timeout(ANSWER_LIMIT_S):
+                await begun.wait()
+        except TimeoutError:
+            if askers.ended == ended:
+                raise

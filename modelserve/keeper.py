@@ -1,31 +1,35 @@
-"""One model kept as it is wanted: what is wanted is read, and every step works towards it as it was last read.
+"""One model kept as it is wanted: every step works towards the state that was last read of the registry.
 
-A keeper never waits for a load, so that a newer wish is seen while an older one is still loading.
+A keeper waits for nothing, neither for a read nor for a load: it takes a step when a state is read, when a load ends
+and when a pause is over. So whatever fails elsewhere, a load that ended is taken in.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import datetime as dt
 import logging
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Protocol, TypeAlias
 
-from modelserve.asking import answered
+from modelserve.asking import Askers, answered
 from modelserve.config import ModelOptions
-from modelserve.errors import ModelServeError, VersionNotFound
+from modelserve.errors import BackendUnavailable, LoadFailed, VersionNotFound
 from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
 from modelserve.loading import LoadedVersion, Loader
 from modelserve.ports import ChangeListener
 from modelserve.snapshots import Snapshot, Snapshots
-from modelserve.types import DeploymentState, ModelVersion, PoolStatus
+from modelserve.types import DeploymentState, ModelVersion, Pointer, PoolStatus
 
 _log = logging.getLogger("modelserve")
 _FIRST_RETRY_S: Final = 1.0
 _LAST_RETRY_S: Final = 60.0
 _GONE_BACK_S: Final = 60.0  # for which a lower generation has to be read before it is believed
+_NOT_REGISTERED: Final = 0  # the generation of a model that there is not: the first change makes it 1
+_NOTHING_THERE: Final = "no such model is registered yet"
+_NOTHING_IN_PRODUCTION: Final = "no version of it is in production; promote one"
 
 
 class Deployments(Protocol):
@@ -35,12 +39,12 @@ class Deployments(Protocol):
         """Call ``listener`` on changes that this process makes; return what ends the subscription."""
         ...
 
-    def generations(self) -> dict[str, int]:
-        """Return each model's generation; asked at every poll."""
+    def pointers(self, names: Collection[str] | None = None) -> Mapping[str, Pointer]:
+        """Return where each model stands, or each of ``names`` that there is; asked at every poll."""
         ...
 
-    def deployment(self, model_name: str) -> DeploymentState:
-        """Return what is wanted of a model as of one moment. Raises ``ModelNotFound``."""
+    def deployments(self, names: Collection[str] | None = None) -> Mapping[str, DeploymentState]:
+        """Return what is wanted of each model, or of each of ``names`` that there is, as of one moment."""
         ...
 
 
@@ -102,21 +106,21 @@ class Keeper:
         model_name: str,
         options: ModelOptions,
         *,
-        registry: Deployments,
         loader: Loader,
-        executor: Executor,
+        disk: Askers,
         observers: Observers,
         snapshots: Snapshots | None,
     ) -> None:
         self._model_name = model_name
         self._options = options
-        self._registry = registry
         self._loader = loader
-        self._executor = executor
+        self._disk = disk
         self._observers = observers
         self._snapshots = snapshots
+        self._state: DeploymentState | None = None
         self._stand_in: Snapshot | None = None
         self._saved: DeploymentState | None = None
+        self._seen: Pointer | None = None  # where the registry stood when it was last read and believed
         self._behind_since: float | None = None
         self._loop = asyncio.get_running_loop()
         self._loaded: dict[_Identity, LoadedVersion] = {}
@@ -125,42 +129,64 @@ class Keeper:
         self._retry_s = _FIRST_RETRY_S
         self._pause: asyncio.TimerHandle | None = None
         self._retiring: set[asyncio.Task[Any]] = set()
-        self._news = asyncio.Event()
-        self._task = asyncio.create_task(self._keep(), name=f"modelserve-keeper-{model_name}")
         self.deployment: Deployment | None = None
         self.wanted = 0
-        self.reached = 0
-        """The last generation at which all was as wanted. Until it is the newest, every poll asks for a step."""
-        self.target: str | None = None
-        """The version that the registry wants in production, as last read."""
         self.problem: str | None = None
         self.tried = asyncio.Event()
 
-    def look(self) -> None:
-        """Have the wanted state read again, soon."""
-        self._news.set()
+    # -- what is wanted ------------------------------------------------------------------------------------
 
-    def nothing_to_serve(self, problem: str) -> None:
-        """Note why there is nothing to serve, when there is nothing."""
-        if self.deployment is None and self._loading is None and self._stand_in is None:
-            self.problem = problem
-            self.tried.set()
+    def want(self, state: DeploymentState) -> None:
+        """Work towards a state that was read of the registry just now."""
+        self._stand_in = self._seen = None
+        if self.is_idle:
+            self._state = None  # there may be something to serve now; until that is believed, nothing is known
+        if self._is_foreign(state) or self._is_behind(state):
+            return
+        self.wanted = state.generation
+        self._seen = Pointer(state.generation, state.production.id if state.production else None)
+        self._work_towards(state)
 
     def stand_in(self, snapshot: Snapshot) -> None:
         """Work towards a snapshot until the registry can be read, if there is nothing better."""
         nothing = self.deployment is None and self._loading is None
         if nothing and snapshot.state.production is not None and snapshot.state.generation >= self.wanted:
-            self._stand_in = snapshot
-            self.look()
+            self._stand_in, self._saved, self._seen = snapshot, snapshot.state, None
+            self.wanted = snapshot.state.generation
+            self._work_towards(snapshot.state)
 
-    def has_read(self, generation: int) -> None:
-        """Note a generation that a poll found: a registry that lags now and then has not gone back."""
-        if generation >= self.wanted:
+    def absent(self) -> None:
+        """Note that the registry has no such model; one that it had before has gone back to nothing."""
+        nothing = DeploymentState(
+            model_name=self._model_name, generation=_NOT_REGISTERED, production=None, previous=None
+        )
+        self.want(nothing)
+
+    def unknown(self, problem: str) -> None:
+        """Note why it could not be read what is wanted, while it never was."""
+        if self._state is None:
+            self._nothing_to_serve(problem)
+
+    def unreadable(self, problem: str) -> None:
+        """Note that the registry answers, but not for this model. What serves goes on."""
+        self._seen = None
+        self._object(problem)
+
+    def differs_from(self, pointer: Pointer) -> bool:
+        """Whether the model has to be read again, now that a poll found it there."""
+        if pointer.generation >= self.wanted:  # a registry that lags now and then has not gone back
             self._behind_since = None
+        return self._seen != pointer
 
-    def ask_registry(self) -> None:
-        """Read the registry again from the next step on: it answers."""
-        self._stand_in = None
+    @property
+    def target(self) -> str | None:
+        """The version that is wanted in production, as last read."""
+        return self._state.production.version if self._state and self._state.production else None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing serves, and nothing is known to be wanted. What could not be read yet is not idle."""
+        return self.deployment is None and self._state is not None and self._state.production is None
 
     def status(self, lost_since: dt.datetime | None) -> ModelStatus:
         """Return where the model stands; ``lost_since`` is since when the registry has not answered."""
@@ -182,16 +208,11 @@ class Keeper:
         )
 
     async def stop(self) -> None:
-        """Stop looking and loading, then drain and free every version."""
+        """Stop loading, then drain and free every version."""
         self.tried.set()
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        self._abandon_load()
         if self._pause is not None:
             self._pause.cancel()
-        if self._loading is not None:
-            self._loading[1].cancel()
-            await asyncio.wait([self._loading[1]])
-            self._take_in()
         for version in list(self._loaded.values()):
             self._retire(version)
         if self._retiring:
@@ -199,29 +220,26 @@ class Keeper:
 
     # -- one step at a time --------------------------------------------------------------------------------
 
-    async def _keep(self) -> None:
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            try:
-                await self._step()
-            except ModelServeError as error:
-                self.nothing_to_serve(str(error))
-            except Exception:  # noqa: BLE001  # a keeper that ended would leave its model as it is for ever
-                _log.exception("reconciling %s failed; it is tried again at the next look", self._model_name)
-                self.nothing_to_serve("it could not be reconciled; see the log")
+    def _work_towards(self, state: DeploymentState) -> None:
+        self._state = state
+        self._step()
 
-    async def _step(self) -> None:
-        """Read the wanted state and move one step towards it; whatever finishes later asks for the next step."""
-        state = await self._read()
-        if self._is_foreign(state) or self._is_behind(state):
-            return
-        self.wanted = state.generation
-        self.target = state.production.version if state.production else None
-        self._take_in()
+    def _step(self) -> None:
+        """Move one step towards the wanted state; what ends later takes the next one."""
+        try:
+            self._take_in()
+            if self._state is not None:
+                self._approach(self._state)
+        except Exception:  # noqa: BLE001  # the other models are not to suffer; the next look reads it again
+            _log.exception("failed to reconcile %s; it is tried again at the next look", self._model_name)
+            self._seen = None
+            self._nothing_to_serve("it could not be reconciled; see the log")
+
+    def _approach(self, state: DeploymentState) -> None:
         if state.production is None:
-            self.nothing_to_serve("no version of it is in production; promote one")
-            self.reached = state.generation
+            self._abandon_load()  # what serves goes on: absence takes nothing away
+            self.problem = _NOTHING_THERE if state.generation == _NOT_REGISTERED else _NOTHING_IN_PRODUCTION
+            self.tried.set()
         elif (identity := _identity(state.production)) in self._loaded:
             self._abandon_load()
             self._swap(state, self._loaded[identity])
@@ -229,22 +247,27 @@ class Keeper:
             self._start_loading(state.production)
         self._retire_unwanted(state)
 
-    async def _read(self) -> DeploymentState:
-        if self._stand_in is not None:
-            return self._stand_in.state
-        return await answered(self._executor, self._registry.deployment, self._model_name)
+    def _nothing_to_serve(self, problem: str) -> None:
+        """Note why there is nothing to serve, when there is nothing."""
+        if self.deployment is None and self._loading is None:
+            self.problem = problem
+            self.tried.set()
 
     def _is_foreign(self, state: DeploymentState) -> bool:
         """Whether a row points at another model's version, which nobody has put into production under this name."""
         for version in (state.production, state.previous):
             if version is not None and version.model_name != self._model_name:
                 problem = f"the registry points at version {version.version} of {version.model_name!r} for it"
-                if self.problem != problem:
-                    _log.error("%s: %s; it is not served under this name", self._model_name, problem)
-                self.nothing_to_serve(problem)
-                self.problem = problem
+                self._object(problem)
                 return True
         return False
+
+    def _object(self, problem: str) -> None:
+        """Say what is wrong with what the registry has of this model, also while another version of it serves."""
+        if self.problem != problem:
+            _log.error("refused %s: %s; what served before still does", self._model_name, problem)
+        self._nothing_to_serve(problem)
+        self.problem = problem
 
     def _is_behind(self, state: DeploymentState) -> bool:
         """Whether a state is older than one that was read before.
@@ -278,15 +301,20 @@ class Keeper:
             return
         load = self._loader.load(version, self._options, beside=self.deployment.production if self.deployment else None)
         task = asyncio.create_task(load, name=f"modelserve-load-{self._model_name}")
-        task.add_done_callback(lambda _: self.look())
+        task.add_done_callback(self._load_ended)
         self._loading = (version, task)
+
+    def _load_ended(self, task: asyncio.Task[LoadedVersion]) -> None:
+        if self._loading is not None and self._loading[1] is task:
+            self._step()
 
     def _abandon_load(self) -> None:
         """Cancel a load that a newer wish made pointless; it frees what it had by itself."""
+        self._take_in()  # it may have ended in this very turn of the loop
         if self._loading is not None:
-            self._loading[1].cancel()
-            self._in_background(self._loading[1])
-            self._loading = None
+            task, self._loading = self._loading[1], None
+            task.cancel()
+            self._in_background(task)
 
     def _take_in(self) -> None:
         """Receive a finished load: the version, or the reason why not."""
@@ -294,14 +322,13 @@ class Keeper:
             return
         version, task = self._loading
         self._loading = None
-        if task.cancelled():
-            return
-        error = task.exception()
-        if error is None:
+        if task.cancelled():  # by the model's own code: a load that is abandoned is not waited for
+            self._refuse(version, LoadFailed("the load was cancelled"))
+        elif (error := task.exception()) is not None:
+            self._refuse(version, error)
+        else:
             self._loaded[_identity(version)] = task.result()
             self._refused = None
-        else:
-            self._refuse(version, error)
 
     def _refuse(self, version: ModelVersion, error: BaseException) -> None:
         self._retry_s = min(_LAST_RETRY_S, self._retry_s * 2) if self._refused == version else _FIRST_RETRY_S
@@ -318,7 +345,7 @@ class Keeper:
 
     def _retry(self) -> None:
         self._pause = None
-        self.look()
+        self._step()
 
     def _swap(self, state: DeploymentState, production: LoadedVersion) -> None:
         """Let the wanted version answer from now on, in one assignment."""
@@ -327,9 +354,7 @@ class Keeper:
         )
         before, self.deployment = self.deployment, Deployment(self._model_name, state.generation, production, previous)
         self.problem = None
-        if self._stand_in is None:
-            self.reached = state.generation
-            self._keep_snapshot(state)
+        self._keep_snapshot(state)
         self.tried.set()
         if before is None or before.production is not production:
             _log.info(
@@ -344,8 +369,9 @@ class Keeper:
             self._in_background(asyncio.create_task(saving, name=f"modelserve-save-{self._model_name}"))
 
     async def _save(self, snapshots: Snapshots, state: DeploymentState) -> None:
-        if await self._loop.run_in_executor(self._executor, snapshots.save, state):
-            self._saved = state
+        with contextlib.suppress(BackendUnavailable):  # a disk that hangs must not keep the server from closing
+            if await answered(self._disk, snapshots.save, state):
+                self._saved = state
 
     # -- what is no longer wanted --------------------------------------------------------------------------
 

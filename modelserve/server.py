@@ -309,9 +309,11 @@ class AsyncModelServer:
         self._now = self._loop.time
         self.new_request_id = uuid7_source()  # again, after any fork
         self._sql = Askers(2, "modelserve-sql")
+        self._following = Askers(1, "modelserve-follow")  # its own: pages that are read must not hold up a rollback
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load")
         self._starts = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-start")
-        self._executors = (self._sql, self._loads, self._starts)
+        self._disk = Askers(1, "modelserve-disk")
+        self._executors = (self._sql, self._following, self._loads, self._starts, self._disk)
         try:
             await self._watch.start(self.status, self._counted)
             self._predictions = PredictionCache.over(self._kept)
@@ -325,7 +327,8 @@ class AsyncModelServer:
             self._live = Live(
                 self.registry,
                 loader,
-                self._sql,
+                self._following,
+                self._disk,
                 models=self._models,
                 observers=self._observers,
                 poll_s=self._poll_s,

@@ -90,6 +90,13 @@ class ModelVersion:
     attestation: str | None = None
 
 
+class Pointer(NamedTuple):
+    """Where one model stands in the registry, without what it takes to serve it. It changes whenever that does."""
+
+    generation: int
+    production_id: int | None
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentState:
     """What the registry wants served for one model. ``generation`` rises with every change."""

@@ -8,7 +8,10 @@ from collections.abc import AsyncIterator
 
 
 class TcpProxy:
-    """What it is to do, and what it saw. ``delay_s`` is added to each piece of a reply."""
+    """What it is to do, and what it saw.
+
+    ``delay_s`` is added to each piece of a reply, ``away_s`` to each request: that is how far away the server is.
+    """
 
     def __init__(self, upstream: int) -> None:
         self._upstream = upstream
@@ -19,6 +22,9 @@ class TcpProxy:
         """How many connections were made so far."""
         self.most = 0
         """How many there were at one time."""
+        self.requests = 0
+        """How many requests were sent so far."""
+        self.away_s = 0.0
         self.delay_s = 0.0
         self.garbage: bytes | None = None
         """What is sent in place of the next piece of a reply."""
@@ -55,6 +61,9 @@ class TcpProxy:
     async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await source.read(65536):
+                self.requests += 1
+                if self.away_s:
+                    await asyncio.sleep(self.away_s)
                 sink.write(data)
 
     async def _answer(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:

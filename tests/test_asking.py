@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -30,6 +31,28 @@ async def test_a_question_without_an_answer_is_given_up_and_the_next_is_answered
         if each.name.startswith("modelserve-test"):
             await asyncio.to_thread(each.join, 10)
             assert not each.is_alive()
+
+
+async def test_waiting_for_those_before_it_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty questions of a fifth of the limit each, to one thread: the last waits for four times the limit."""
+    monkeypatch.setattr(asking, "ANSWER_LIMIT_S", 0.5)
+    askers = Askers(1, "modelserve-test", limit_s=60)
+    assert await asyncio.gather(*(answered(askers, time.sleep, 0.1) for _ in range(20))) == [None] * 20
+    askers.shutdown()
+
+
+async def test_a_question_behind_one_that_is_never_answered_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing moves the wait has an end, though the question never began."""
+    monkeypatch.setattr(asking, "ANSWER_LIMIT_S", 0.1)
+    askers, answer, asked = Askers(1, "modelserve-test", limit_s=60), threading.Event(), threading.Event()
+    askers.submit(answer.wait)
+    with pytest.raises(BackendUnavailable, match="not answered within"):
+        await answered(askers, asked.set)
+    await asyncio.sleep(0)  # in which it is withdrawn
+    answer.set()
+    assert await answered(askers, int) == 0
+    assert not asked.is_set()
+    askers.shutdown()
 
 
 async def test_what_a_call_raises_is_raised() -> None:

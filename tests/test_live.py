@@ -7,8 +7,8 @@ import contextlib
 import dataclasses
 import datetime as dt
 import logging
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Collection, Coroutine
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelserve.asking import Askers
 from modelserve.config import ModelOptions
 from modelserve.errors import BackendUnavailable, LoadFailed, ModelNotFound, NotReady, SchemaOutdated, VersionNotFound
 from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
@@ -25,7 +26,7 @@ from modelserve.ports import ChangeListener
 from modelserve.registry.hints import Hints
 from modelserve.snapshots import Snapshots
 from modelserve.testing.clock import VirtualTimeLoop
-from modelserve.types import Artifact, DeploymentState, ModelVersion
+from modelserve.types import Artifact, DeploymentState, ModelVersion, Pointer
 
 YEAR = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
@@ -54,10 +55,13 @@ class FakeRegistry:
 
     def __init__(self) -> None:
         self.state: DeploymentState | None = None
+        self.others: dict[str, DeploymentState] = {}
         self.listeners: list[ChangeListener] = []
         self.reads = 0
         self.down = False
         self.bug: Exception | None = None
+        self.unreadable: set[str] = set()
+        self.error: Exception = RuntimeError("unforeseen")
         self.was_wanted: list[int] = []
 
     def promote(self, number: int) -> None:
@@ -78,16 +82,26 @@ class FakeRegistry:
         for listener in self.listeners:
             listener(model_name)
 
-    def generations(self) -> dict[str, int]:
+    def pointers(self, names: Collection[str] | None = None) -> dict[str, Pointer]:
         self._answer()
-        return {"m": self.state.generation} if self.state else {}
+        return {
+            name: Pointer(state.generation, state.production.id if state.production else None)
+            for name, state in self._states(names).items()
+        }
 
-    def deployment(self, model_name: str) -> DeploymentState:
+    def deployments(self, names: Collection[str] | None = None) -> dict[str, DeploymentState]:
         self.reads += 1
         self._answer()
-        if self.state is None:
-            raise ModelNotFound(model_name)
-        return self.state
+        states = self._states(names)
+        if not self.unreadable.isdisjoint(states):
+            raise self.error
+        return states
+
+    def _states(self, names: Collection[str] | None) -> dict[str, DeploymentState]:
+        found = dict(self.others)
+        if self.state is not None:
+            found["m"] = self.state
+        return {name: state for name, state in found.items() if names is None or name in names}
 
     def subscribe(self, listener: ChangeListener) -> Callable[[], None]:
         self.listeners.append(listener)
@@ -153,8 +167,11 @@ class FakeLoader:
         return sorted(each.meta.id for each in self.loaded if not each.unloaded)
 
 
-class Inline(Executor):
+class Inline(Askers):
     """Runs at once what is submitted, so that virtual time need not wait for a thread."""
+
+    def __init__(self) -> None:
+        super().__init__(1, "inline")
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -175,10 +192,12 @@ class World:
         observers = Observers()
         observers.subscribe(self.events.append)
         self.elsewhere = Hints()
+        self.sql: Any = options.pop("sql", Inline())
         self.live = Live(
             self.registry,
             self.loader,  # type: ignore[arg-type]
-            Inline(),
+            self.sql,
+            options.pop("disk", Inline()),
             models=options.pop("models", None),
             observers=observers,
             poll_s=options.pop("poll_s", 1.0),
@@ -890,6 +909,252 @@ def test_events_tell_each_takeover_once(caplog: pytest.LogCaptureFixture) -> Non
     assert "m 2 serves from now on (generation 3)" in caplog.text
 
 
+# -- reads that fail, and a database that is far away ------------------------------------------------------
+
+
+def state_of(name: str, number: int | None, generation: int = 1) -> DeploymentState:
+    """Make what is wanted of a model; a version of it in production unless ``number`` is None."""
+    production = None if number is None else dataclasses.replace(version(number), model_name=name)
+    return DeploymentState(model_name=name, generation=generation, production=production, previous=None)
+
+
+def foreign(registry: FakeRegistry) -> None:
+    state = registry.state
+    assert state is not None
+    wrong = dataclasses.replace(version(1), model_name="other")
+    registry.state = dataclasses.replace(state, production=wrong, generation=9)
+
+
+TROUBLES: dict[str, Callable[[FakeRegistry], object]] = {
+    "is down": lambda registry: setattr(registry, "down", True),
+    "fails unforeseen": lambda registry: setattr(registry, "bug", RuntimeError("unforeseen")),
+    "is emptied": lambda registry: setattr(registry, "state", None),
+    "goes back": lambda registry: setattr(registry, "state", state_of("m", 1, generation=0)),
+    "points elsewhere": foreign,
+}
+
+
+@pytest.mark.promise("P4")
+@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize("models", [None, {"m": ModelOptions()}])
+def test_start_returns_whatever_becomes_of_the_registry_while_a_model_loads(
+    trouble: str, models: dict[str, ModelOptions] | None
+) -> None:
+    """A load that ends is taken in, though nothing can be read at that moment."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        world.loader.seconds[1] = 5
+        starting = asyncio.create_task(world.live.start())
+        await asyncio.sleep(0.5)
+        TROUBLES[trouble](world.registry)
+        async with asyncio.timeout(30):
+            await starting
+        assert world.serving == "1"
+        assert world.status.ready
+
+    run(scenario, models=models)
+
+
+@pytest.mark.promise("P4")
+def test_a_change_during_the_start_is_followed() -> None:
+    """The poll begins with the start, so that a load of minutes does not keep a newer wish from being seen."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        world.loader.seconds[1] = 1e6
+        starting = asyncio.create_task(world.live.start())
+        await asyncio.sleep(0.5)
+        world.registry.promote(2)
+        async with asyncio.timeout(5):
+            await starting
+        assert world.serving == "2"
+
+    run(scenario)
+
+
+def test_a_load_that_its_own_model_cancels_is_refused_and_tried_again() -> None:
+    """A model's code that raises ``CancelledError`` costs its version a back-off, not the loop its turns."""
+
+    async def scenario(world: World) -> None:
+        async def load(*args: Any, **options: Any) -> FakeVersion:
+            world.loader.started.append(1)
+            raise asyncio.CancelledError
+
+        world.loader.load = load  # type: ignore[method-assign]
+        world.registry.promote(1)
+        await world.live.start()
+        assert "cancelled" in str(world.status.problem)
+        await asyncio.sleep(2)
+        assert world.loader.started == [1, 1]
+
+    run(scenario)
+
+
+class Far(Askers):
+    """Answers one question after the other, each after four round trips of 20 ms in virtual time."""
+
+    def __init__(self) -> None:
+        super().__init__(1, "far")
+        self.asked: list[str] = []
+        self._free_at = 0.0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        loop = asyncio.get_running_loop()
+        self._free_at = max(self._free_at, loop.time()) + 0.08
+
+        def answer() -> None:
+            self.ended += 1
+            if future.set_running_or_notify_cancel():
+                self.asked.append("question")
+                try:
+                    future.set_result(fn(*args, **kwargs))
+                except Exception as error:
+                    future.set_exception(error)
+
+        loop.call_at(self._free_at, answer)
+        return future
+
+
+@pytest.mark.promise("P4")
+@pytest.mark.parametrize("listed", [True, False])
+def test_320_models_behind_a_far_database_take_one_question(listed: bool) -> None:  # noqa: FBT001  # a parameter
+    """However many there are, what is wanted of all of them is one question, at the start and at each resync."""
+    names = [f"m{i}" for i in range(320)]
+
+    async def scenario(world: World) -> None:
+        world.registry.others = {name: state_of(name, 1) for name in names}
+        await world.live.start()
+        assert len(world.sql.asked) == 1
+        assert asyncio.get_running_loop().time() < 1
+        assert sum(status.ready for status in world.live.status()) == 320
+        await asyncio.sleep(59)
+        polls, reads = len(world.sql.asked), world.registry.reads
+        assert polls < 62
+        assert reads == 1
+        await asyncio.sleep(2)
+        assert world.registry.reads == 2
+
+    run(scenario, models={name: ModelOptions() for name in names} if listed else None, sql=Far())
+
+
+def test_of_20000_names_only_those_in_production_are_kept() -> None:
+    """One question reads them all; a name without a version in production costs no keeper and is not called unknown."""
+
+    async def scenario(world: World) -> None:
+        world.registry.others = {f"m{i}": state_of(f"m{i}", 1 if i < 3 else None) for i in range(20_000)}
+        await world.live.start()
+        assert [status.model_name for status in world.live.status()] == ["m0", "m1", "m2"]
+        assert all(status.ready for status in world.live.status())
+        assert len(world.live._keepers) == 3
+        with pytest.raises(NotReady, match="no version of it is in production"):
+            world.live["m7"]
+        with pytest.raises(ModelNotFound):
+            world.live["m20000"]
+        world.registry.others["m7"] = state_of("m7", 1, 2)
+        await asyncio.sleep(1.5)
+        assert world.live["m7"].generation == 2
+        assert world.registry.reads == 2
+
+    run(scenario)
+
+
+@pytest.mark.promise("P4")
+def test_a_model_whose_first_read_fails_is_in_the_status_and_not_ready(caplog: pytest.LogCaptureFixture) -> None:
+    """A model that is known to be in production counts from then on, whether or not what it takes could be read."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        world.registry.others["new"] = state_of("new", 2)
+        world.registry.unreadable = {"m", "new"}  # where they stand can be read, and no more
+        world.registry.error = BackendUnavailable("registry database", "it went away")
+        await asyncio.sleep(1.5)
+        old, new = world.live.status()
+        assert (old.ready, new.ready, new.model_name) == (True, False, "new")
+        assert "went away" in str(new.problem)
+        assert "went away" in caplog.text
+        with pytest.raises(NotReady, match="went away"):
+            world.live["new"]
+        world.registry.unreadable.clear()
+        await asyncio.sleep(1.5)
+        assert [status.ready for status in world.live.status()] == [True, True]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("models", [None, {"m": ModelOptions(), "odd": ModelOptions()}])
+def test_rows_that_cannot_be_read_do_not_hide_the_other_models(models: dict[str, ModelOptions] | None) -> None:
+    """One model's rows may be such that reading them fails: it alone is not ready, and says so."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        world.registry.others = {name: state_of(name, 1) for name in ("odd", "one", "two")}
+        world.registry.unreadable, world.registry.error = {"odd"}, ValueError("no JSON")
+        await world.live.start()
+        ready = {status.model_name: status.ready for status in world.live.status()}
+        assert ready == {name: name != "odd" for name in (models or ("m", "odd", "one", "two"))}
+        world.registry.promote(2)
+        await asyncio.sleep(61)
+        assert world.serving == "2"
+        odd = next(status for status in world.live.status() if status.model_name == "odd")
+        assert "cannot be read" in str(odd.problem)
+        world.registry.unreadable.clear()
+        await asyncio.sleep(1.5)
+        assert world.live["odd"].production.meta.version == "1"
+
+    run(scenario, models=models)
+
+
+def test_a_model_that_leaves_production_before_it_served_does_not_count() -> None:
+    """What is known to be no longer wanted does not keep the server from being ready, unlike what is unknown."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        world.registry.others["gone"] = state_of("gone", 2)
+        world.loader.failing.add(2)
+        await world.live.start()
+        assert [status.ready for status in world.live.status()] == [False, True]
+        world.registry.others["gone"] = state_of("gone", None, 2)
+        await asyncio.sleep(1.5)
+        assert [(status.model_name, status.ready) for status in world.live.status()] == [("m", True)]
+
+    run(scenario)
+
+
+def test_hints_for_one_model_do_not_put_off_the_poll() -> None:
+    """A model that changes all the time does not keep the change of another, whose hint was lost, from being found."""
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        world.registry.others["other"] = state_of("other", 1)
+        await world.live.start()
+        world.registry.others["other"] = state_of("other", 2, 2)
+        for _ in range(15):
+            world.registry.touch()
+            world.registry.hint("m")
+            await asyncio.sleep(0.1)
+        assert world.live["other"].generation == 2
+
+    run(scenario)
+
+
+def test_stopping_does_not_wait_for_a_disk_that_hangs(tmp_path: Path) -> None:
+    """What was applied cannot be noted then; the server closes all the same."""
+
+    class Stuck(Askers):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            return Future()
+
+    async def scenario(world: World) -> None:
+        world.registry.promote(1)
+        await world.live.start()
+        assert world.serving == "1"
+
+    run(scenario, snapshots=Snapshots(tmp_path, "url"), disk=Stuck(1, "stuck"))
+
+
 def do(world: World, action: str, number: int) -> None:
     """Let something happen to the registry or to the loader."""
     registry, loader = world.registry, world.loader
@@ -947,7 +1212,7 @@ def test_whatever_happens_it_converges_and_never_goes_back(steps: list[tuple[str
         watcher.cancel()
         with pytest.raises(asyncio.CancelledError):
             await watcher
-        wanted = world.registry.deployment("m")
+        wanted = world.registry.deployments()["m"]
         assert wanted.production is not None
         assert world.live["m"].generation == wanted.generation
         assert world.live["m"].production.meta.id == wanted.production.id

@@ -183,7 +183,8 @@ async def test_many_promotes_leave_at_most_two_versions_loaded(
     for number in (1, 2, 3):
         registry.register("m", str(number), telltale(number), example=X)
     registry.promote("m", "1")
-    async with ms.AsyncModelServer(registry, {"m": options}, cache_dir=tmp_path / "cache", poll_s=3600) as server:
+    settings: dict[str, Any] = {"cache_dir": tmp_path / "cache", "poll_s": 3600, "log": False}
+    async with ms.AsyncModelServer(registry, {"m": options}, **settings) as server:
 
         async def promote(number: int) -> None:
             registry.promote("m", str(number))

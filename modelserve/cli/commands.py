@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -260,7 +261,7 @@ def _named(version: ModelVersion) -> str:
 def models(context: typer.Context, *, as_json: AsJson = False) -> None:
     """List the models and what is in production."""
     with _registry(context) as registry:
-        found = [_standing(registry.deployment(name)) for name in registry.models()]
+        found = [_standing(state) for _, state in sorted(registry.deployments().items())]
     show(found, as_json=as_json, cells=dict)
 
 
@@ -363,11 +364,13 @@ class _OneVersion(Registry):
 
     version: str | None = None
 
-    def deployment(self, model_name: str) -> DeploymentState:
-        state = super().deployment(model_name)
+    def deployments(self, names: Collection[str] | None = None) -> dict[str, DeploymentState]:
+        return {name: self._with_version(state) for name, state in super().deployments(names).items()}
+
+    def _with_version(self, state: DeploymentState) -> DeploymentState:
         if self.version is None or (state.production is not None and state.production.version == self.version):
             return state
-        return dataclasses.replace(state, production=self.get(model_name, self.version), previous=None)
+        return dataclasses.replace(state, production=self.get(state.model_name, self.version), previous=None)
 
 
 def _answer(server: ModelServer, name: str, rows: Json) -> dict[str, Json]:

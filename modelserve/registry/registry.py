@@ -10,7 +10,7 @@ import contextlib
 import datetime as dt
 import getpass
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,18 +31,20 @@ from modelserve.registry.changes import Action, Change, create_deployment
 from modelserve.registry.database import Database
 from modelserve.registry.hints import Hints
 from modelserve.registry.log_table import LogTable
-from modelserve.registry.names import check_names, is_name
+from modelserve.registry.names import check_names
 from modelserve.registry.registration import prepare
 from modelserve.registry.rows import (
     example_columns,
     find_version,
+    read_deployments,
     read_events,
+    read_pointers,
     require_model,
     require_version,
     standing,
     to_version,
 )
-from modelserve.registry.tables import deployment, model_version
+from modelserve.registry.tables import model_version
 from modelserve.registry.values import check_text, plain_json
 from modelserve.signature import Signature
 from modelserve.types import (
@@ -52,6 +54,7 @@ from modelserve.types import (
     FrameworkName,
     Json,
     ModelVersion,
+    Pointer,
 )
 
 
@@ -122,10 +125,8 @@ class Registry:
         return sorted(self.generations())
 
     def generations(self) -> dict[str, int]:
-        """Return each model's generation: one query, cheap enough for a poll each second."""
-        with self._database.read() as connection:
-            rows = connection.execute(sa.select(deployment.c.model_name, deployment.c.generation))
-            return {row.model_name: row.generation for row in rows}
+        """Return each model's generation, in one query."""
+        return {name: pointer.generation for name, pointer in self.pointers().items()}
 
     def get(self, model_name: str, version: str) -> ModelVersion:
         """Return one version. Raises ``ModelNotFound``, ``VersionNotFound``."""
@@ -148,27 +149,20 @@ class Registry:
 
     def deployment(self, model_name: str) -> DeploymentState:
         """Return what is wanted served for a model, as of one moment. Raises ``ModelNotFound``."""
-        if not is_name(model_name):
+        found = self.deployments([model_name])
+        if model_name not in found:
             raise ModelNotFound(model_name)
-        pointers = (deployment.c.generation, deployment.c.production_id, deployment.c.previous_id)
-        pointed_at = model_version.c.id.in_(pointers[1:])
-        query = (  # one statement: between two, another transaction could commit
-            sa.select(*pointers, model_version)
-            .select_from(deployment.outerjoin(model_version, pointed_at))
-            .where(deployment.c.model_name == model_name)
-        )
+        return found[model_name]
+
+    def deployments(self, names: Collection[str] | None = None) -> dict[str, DeploymentState]:
+        """Return what is wanted served for each model, or for each of ``names`` that there is, as of one moment."""
         with self._database.read() as connection:
-            rows = connection.execute(query).all()
-        if not rows:
-            raise ModelNotFound(model_name)
-        generation, production_id, previous_id = rows[0][:3]
-        found = {row.id: to_version(row) for row in rows if row.id is not None}
-        return DeploymentState(
-            model_name=model_name,
-            generation=generation,
-            production=found.get(production_id),
-            previous=found.get(previous_id),
-        )
+            return read_deployments(connection, names)
+
+    def pointers(self, names: Collection[str] | None = None) -> dict[str, Pointer]:
+        """Return where each model stands, or each of ``names`` that there is: cheap enough for a poll each second."""
+        with self._database.read() as connection:
+            return read_pointers(connection, names)
 
     def history(self, model_name: str) -> list[DeploymentEvent]:
         """Return everything that was done to a model, oldest first. Raises ``ModelNotFound``."""

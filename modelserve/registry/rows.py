@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Final
 
 import sqlalchemy as sa
 
 from modelserve.errors import ModelNotFound, VersionNotFound
 from modelserve.registry.names import is_name
 from modelserve.registry.tables import deployment, deployment_event, model_version
-from modelserve.types import Artifact, DeploymentEvent, ModelVersion
+from modelserve.types import Artifact, DeploymentEvent, DeploymentState, ModelVersion, Pointer
 
 EXAMPLE_FORMAT = "example-json"
+_MOST_NAMES: Final = 1000  # SQLite takes 32,766 parameters, PostgreSQL 65,535
 
 
 def find_version(connection: sa.Connection, model_name: str, version: str) -> ModelVersion | None:
@@ -42,6 +43,47 @@ def require_model(connection: sa.Connection, model_name: str, *, lock: bool = Fa
     if row is None:
         raise ModelNotFound(model_name)
     return row
+
+
+def read_pointers(connection: sa.Connection, names: Collection[str] | None) -> dict[str, Pointer]:
+    """Read where all models stand, or those of ``names`` that there are."""
+    query = _of(names, sa.select(deployment.c.model_name, deployment.c.generation, deployment.c.production_id))
+    found = {name: Pointer(*pointer) for name, *pointer in connection.execute(query)}
+    return found if names is None else {name: found[name] for name in names if name in found}
+
+
+def read_deployments(connection: sa.Connection, names: Collection[str] | None) -> dict[str, DeploymentState]:
+    """Read what is wanted of all models, or those of ``names`` that there are, with the versions pointed at.
+
+    It is one statement: between two, another transaction could commit.
+    """
+    pointers = (deployment.c.model_name, deployment.c.generation, deployment.c.production_id, deployment.c.previous_id)
+    pointed_at = model_version.c.id.in_(pointers[2:])
+    labelled = [column.label(f"deployed_{column.name}") for column in pointers]
+    query = sa.select(*labelled, model_version).select_from(deployment.outerjoin(model_version, pointed_at))
+    wanted: dict[str, Sequence[Any]] = {}
+    versions: dict[tuple[str, int], ModelVersion] = {}
+    for row in connection.execute(_of(names, query)):  # one or two of each model
+        wanted[row[0]] = row[1:4]
+        if row.id is not None:
+            versions[row[0], row.id] = to_version(row)
+    return {
+        name: DeploymentState(
+            model_name=name,
+            generation=wanted[name][0],
+            production=versions.get((name, wanted[name][1])),
+            previous=versions.get((name, wanted[name][2])),
+        )
+        for name in (wanted if names is None else names)
+        if name in wanted
+    }
+
+
+def _of(names: Collection[str] | None, query: sa.Select[Any]) -> sa.Select[Any]:
+    """Restrict a query to some models, unless these are so many that reading all is the lesser evil."""
+    if names is None or len(names) > _MOST_NAMES:
+        return query
+    return query.where(deployment.c.model_name.in_([name for name in names if is_name(name)]))
 
 
 def read_events(connection: sa.Connection, model_name: str) -> list[DeploymentEvent]:

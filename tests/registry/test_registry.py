@@ -29,7 +29,7 @@ from modelserve.errors import (
 )
 from modelserve.registry import Registry
 from modelserve.registry.tables import deployment, model_version
-from modelserve.types import Artifact, DeploymentEvent, ModelVersion
+from modelserve.types import Artifact, DeploymentEvent, ModelVersion, Pointer
 
 Insert: TypeAlias = Callable[..., ModelVersion]
 
@@ -169,6 +169,29 @@ def test_models_do_not_touch_each_other(abc: Registry, insert: Insert) -> None:
 
 
 # -- rolling back ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "among", [["churn", "fraud"], ["churn", "fraud", "a\x00b"], ["churn", "fraud", *map(str, range(1001))], None]
+)
+def test_what_is_wanted_of_many_is_read_at_once(abc: Registry, insert: Insert, among: list[str] | None) -> None:
+    """Of all models, or of those named, however many; unknown and impossible names are left out."""
+    insert(abc, "fraud", "1")
+    abc.promote("churn", "A")
+    abc.promote("churn", "B")
+    found = abc.deployments(among)
+    assert found == {name: abc.deployment(name) for name in ("churn", "fraud")}
+    churn, fraud = found["churn"], found["fraud"]
+    assert (churn.production and churn.production.version, churn.previous and churn.previous.version) == ("B", "A")
+    assert (fraud.production, fraud.previous, fraud.generation) == (None, None, 1)
+    assert churn.production is not None
+    assert abc.pointers(among) == {
+        "churn": Pointer(churn.generation, churn.production.id),
+        "fraud": Pointer(1, None),
+    }
+    assert abc.deployments(["fraud"]).keys() == abc.pointers(["fraud"]).keys() == {"fraud"}
+    assert not abc.deployments([])
+    assert not abc.pointers([])
 
 
 def test_rollbacks_lead_back_to_the_first_promoted_version(abc: Registry) -> None:
