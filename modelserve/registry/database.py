@@ -34,6 +34,8 @@ _PATIENCE: Final = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,  # milliseconds
 }
+_OF_PSYCOPG: Final = ("prepare_threshold",)  # the driver's own option, which the database's library does not know
+_UNFIT: Final = frozenset({"autocommit", "context", "cursor_factory", "row_factory"})  # a transaction would be none
 _LOCK_WAIT_MS: Final = 30_000
 _MIGRATION_LOCK: Final = 0x6D6F_6465_6C73_7276  # any number that no other program takes: "modelsrv"
 _migrating = threading.Lock()  # alembic keeps the running migration in module globals
@@ -72,7 +74,7 @@ class Database:
         """The URL as PostgreSQL's own library reads it, secrets included; None for SQLite."""
         if self.url.drivername == "sqlite":
             return None
-        _, options = self._engine.dialect.create_connect_args(self.url)
+        _, options = self._engine.dialect.create_connect_args(self.url.difference_update_query(_OF_PSYCOPG))
         written = {name: value for name, value in options.items() if isinstance(value, str | int)}
         return "postgresql://?" + urllib.parse.urlencode(written, quote_via=urllib.parse.quote)
 
@@ -166,6 +168,8 @@ def _parse(text: str, whose: str) -> sa.URL:
     if url.drivername not in _DRIVERS:
         msg = f"the {whose} keeps its rows in sqlite:// or postgresql://, not in {url.drivername}://"
         raise ConfigError(msg)
+    for option in _UNFIT & url.query.keys():
+        raise ConfigError(f"the {whose}'s URL cannot say {option}; leave it out")
     url = url.set(drivername=_DRIVERS[url.drivername])
     if url.drivername == "sqlite" and not _in_memory(url) and not str(url.database).startswith("file:"):
         return url.set(database=str(Path(str(url.database)).absolute()))  # the host may change its directory
@@ -182,8 +186,20 @@ def _engine(url: sa.URL) -> sa.Engine:
         return _sqlite_engine(url, options)
     plugins.require("psycopg")
     # A connection whose other end has gone without a word is found out before the kernel's quarter of an hour is over.
-    options["connect_args"] = {name: value for name, value in _PATIENCE.items() if name not in url.query}
-    return sa.create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED", **options)
+    patience = {name: value for name, value in _PATIENCE.items() if name not in url.query}
+    options["connect_args"] = patience | {"prepare_threshold": _prepare_threshold(url)}
+    return sa.create_engine(
+        url.difference_update_query(_OF_PSYCOPG), pool_pre_ping=True, isolation_level="READ COMMITTED", **options
+    )
+
+
+def _prepare_threshold(url: sa.URL) -> int | None:
+    """Return after how many times psycopg prepares a statement: None, unless the URL says so, is never.
+
+    A prepared statement belongs to a connection, and a pooler hands out another one for each transaction.
+    """
+    asked = url.query.get("prepare_threshold", "none")
+    return None if asked == "none" else int(str(asked))
 
 
 def _sqlite_engine(url: sa.URL, options: dict[str, Any]) -> sa.Engine:

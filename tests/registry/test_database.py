@@ -70,6 +70,22 @@ def test_a_password_is_never_shown(url: str) -> None:
     assert caught.value.retryable
 
 
+@pytest.mark.parametrize("option", ["autocommit=true", "row_factory=x", "prepare_threshold=often"])
+def test_options_that_would_break_a_transaction_are_refused(option: str) -> None:
+    """What a URL can say to the driver does not include what every transaction relies on, nor nonsense."""
+    with pytest.raises(ConfigError, match=r"cannot say|cannot be used"):
+        Database(f"postgresql://u@h/d?{option}")
+
+
+def test_options_of_the_driver_are_taken_and_not_passed_to_libpq() -> None:
+    """``prepare_threshold`` is psycopg's own; ``sslmode`` and ``options`` are libpq's, for hints as well."""
+    url = Database("postgresql://u@h/d?prepare_threshold=5&sslmode=require&options=-csearch_path%3Dml").libpq_url
+    assert url is not None
+    assert "prepare_threshold" not in url
+    assert "sslmode=require" in url
+    assert "options=-csearch_path%3Dml" in url
+
+
 def test_a_missing_driver_answers_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """PostgreSQL without psycopg says what to install."""
     monkeypatch.setitem(sys.modules, "psycopg", None)
