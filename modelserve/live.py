@@ -126,6 +126,13 @@ class Live:
             if self._models is not None or not keeper.is_idle
         ]
 
+    def status_of(self, model_name: str) -> ModelStatus:
+        """Return the status of one model served here. Raises ``ModelNotFound``."""
+        keeper = self._keepers.get(model_name)
+        if keeper is None or (self._models is None and keeper.target is None):
+            raise ModelNotFound(model_name)
+        return keeper.status(self._lost_since)
+
     @property
     def problem(self) -> str | None:
         """Why the registry could not be read at the last look; None when it could."""

@@ -32,8 +32,11 @@ from modelserve.monitor.metrics import Counted
 from modelserve.monitor.watch import Watch
 from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
 from modelserve.registry import Registry
+from modelserve.shared_reads import SharedReads
+from modelserve.signature import AT_ONCE, Pieces
 from modelserve.snapshots import Snapshots
-from modelserve.types import Json, LogStatus, ModelVersion, Prediction, Row
+from modelserve.turns import Steps, in_turns
+from modelserve.types import Json, LogStatus, ModelVersion, Prediction, Row, VersionPage
 
 T = TypeVar("T")
 _log = logging.getLogger("modelserve")
@@ -172,7 +175,7 @@ class AsyncModelServer:
     async def answer(  # noqa: PLR0917  # by position: naming six arguments costs the hot path half a microsecond
         self,
         model_name: str,
-        instances: Sequence[Any],
+        instances: Sequence[Any] | Pieces,
         where: str,
         request_id: str | None,
         version: str | None = None,
@@ -192,10 +195,15 @@ class AsyncModelServer:
                 limit_s = target.timeout_s if timeout_ms is None else timeout_ms / 1000
                 deadline = self._now() + limit_s
                 cache = self._predictions if target.cache_ttl_s else None
-                if (plan := target.plan) is None or self._enricher is None:
-                    rows = _validated(target, target.signature.validate, instances, where)
+                plan = None if self._enricher is None else target.plan
+                validate: Callable[[Any], Any] = target.signature.validate if plan is None else plan.validate
+                if len(instances) * target.signature.size <= AT_ONCE and type(instances) is not Pieces:
+                    pending = _validated(target, validate, instances, where)
                 else:
-                    pending = _validated(target, plan.validate, instances, where)
+                    pending = await _validated_in_turns(target, validate, instances, where)
+                if plan is None or self._enricher is None:
+                    rows = pending
+                else:
                     if cache is not None and target.request_key is not None:
                         known = await cache.look(target, list(map(target.request_key, pending)), deadline)
                     answered = () if known is None else known.answered
@@ -268,10 +276,22 @@ class AsyncModelServer:
         self._live_now()
         return await self._watch.figures()
 
+    def status_of(self, model_name: str) -> ModelStatus:
+        """Return where one served model stands. Raises ``ModelNotFound``."""
+        return self._live_now().status_of(model_name)
+
     async def versions(self, model_name: str) -> list[ModelVersion]:
         """Return the registered versions of a model, newest first, without blocking the loop."""
         self._live_now()
         return await answered(self._sql, self.registry.versions, model_name)
+
+    async def page(self, model_name: str, limit: int = 20, before: str | None = None) -> VersionPage:
+        """Return a page of a model's versions, newest first: one read, a second old at most, for all who ask for it.
+
+        Raises ``VersionNotFound`` for an unknown ``before``, and ``BackendUnavailable``.
+        """
+        self._live_now()
+        return await self._pages.get((model_name, limit, before), self.registry.page, model_name, limit, before)
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Have ``observer`` called with every event (see :mod:`modelserve.events`); returns what ends it."""
@@ -314,6 +334,7 @@ class AsyncModelServer:
         self._starts = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-start")
         self._disk = Askers(1, "modelserve-disk")
         self._executors = (self._sql, self._following, self._loads, self._starts, self._disk)
+        self._pages = SharedReads[VersionPage](self._sql)
         try:
             await self._watch.start(self.status, self._counted)
             self._predictions = PredictionCache.over(self._kept)
@@ -480,10 +501,10 @@ def _refuse_unmeetable(models: Mapping[str, ModelOptions], trusted_keys: Sequenc
             raise ConfigError(f"models.{name}.require_signature: no signature could be verified; give trusted_keys=")
 
 
-def _validated(target: LoadedVersion, validate: Callable[[Any], T], instances: Sequence[Any], where: str) -> list[T]:
-    if len(instances) > target.options.queue_limit:
-        limit = target.options.queue_limit
-        raise InvalidInput("instances", f"{len(instances)} rows; one request takes at most {limit}")
+def _validated(
+    target: LoadedVersion, validate: Callable[[Any], T], instances: Sequence[Any] | Pieces, where: str
+) -> list[T]:
+    _refuse_too_many(target, instances)
     rows: list[T] = []
     try:
         for instance in instances:
@@ -491,6 +512,33 @@ def _validated(target: LoadedVersion, validate: Callable[[Any], T], instances: S
     except InvalidInput as error:
         raise error.within(where.format(len(rows))) from None
     return rows
+
+
+async def _validated_in_turns(
+    target: LoadedVersion, validate: Callable[[Any], T], instances: Sequence[Any] | Pieces, where: str
+) -> list[T]:
+    """Validate rows that hold very much, or came in pieces, without holding the loop meanwhile."""
+    _refuse_too_many(target, instances)
+    rows: list[T] = []
+
+    def steps() -> Steps[None]:
+        for instance in instances:
+            rows.append(validate((yield from target.signature.prepare(instance))))
+            if len(rows) % rows_at_once == 0:
+                yield
+
+    rows_at_once = max(1, AT_ONCE // target.signature.size)
+    try:
+        await in_turns(steps())
+    except InvalidInput as error:
+        raise error.within(where.format(len(rows))) from None
+    return rows
+
+
+def _refuse_too_many(target: LoadedVersion, instances: Sequence[Any] | Pieces) -> None:
+    limit = target.options.queue_limit
+    if len(instances) > limit:
+        raise InvalidInput("instances", f"{len(instances)} rows; one request takes at most {limit}")
 
 
 def _values(results: Sequence[Json | Exception]) -> Sequence[Json]:

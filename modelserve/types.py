@@ -97,6 +97,23 @@ class Pointer(NamedTuple):
     production_id: int | None
 
 
+class VersionSummary(NamedTuple):
+    """What a list of versions shows of one."""
+
+    version: str
+    status: Status
+    framework: FrameworkName
+    metrics: Mapping[str, Json]
+    created_at: dt.datetime
+
+
+class VersionPage(NamedTuple):
+    """Some versions of a model, newest first. There are older ones if ``next`` names the last of these."""
+
+    versions: tuple[VersionSummary, ...]
+    next: str | None
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentState:
     """What the registry wants served for one model. ``generation`` rises with every change."""

@@ -46,7 +46,7 @@ NAMES = [
 SIGNATURES = {
     "Registry": "url artifacts changes now",
     "Registry.register": "self model_name version model example signature framework method trusted format "
-    "factory optimize baseline metrics tags signing_key actor reason",
+    "factory optimize baseline max_body_bytes metrics tags signing_key actor reason",
     "Registry.sign": "self model_name version key actor reason",
     "Registry.promote": "self model_name version actor reason",
     "Registry.rollback": "self model_name actor reason",
@@ -69,8 +69,8 @@ SIGNATURES = {
     "ModelServer.predict": "self model_name inputs version timeout_ms request_id",
     "import_model": "registry source uri source_url name version example method trusted allow_pickle signing_key "
     "actor reason",
-    "asgi": "server prefix otherwise max_body_bytes",
-    "wsgi": "server max_body_bytes",
+    "asgi": "server prefix otherwise max_body_bytes routes",
+    "wsgi": "server max_body_bytes routes",
 }
 
 

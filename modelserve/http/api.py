@@ -4,51 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
+from urllib.parse import parse_qsl
 
 import orjson
 
-from modelserve.errors import InferenceFailed, InvalidInput, ModelNotFound, ModelServeError, NotReady
+from modelserve.errors import InferenceFailed, InvalidInput, ModelServeError, NotReady, VersionNotFound
+from modelserve.http import body as bodies
 from modelserve.http.messages import Request, Response
 from modelserve.http.openapi import openapi_document
 from modelserve.http.problems import HttpProblem, problem_response
+from modelserve.http.routes import Routes, chosen
 from modelserve.keeper import ModelStatus
 from modelserve.monitor.exposition import CONTENT_TYPE as METRICS_TYPE
 from modelserve.server import Answer, AsyncModelServer
-from modelserve.types import Json, ModelVersion, PoolStatus
+from modelserve.signature import Pieces
+from modelserve.types import Json, PoolStatus
 
-MAX_BODY_BYTES: Final = 16 * 1024 * 1024
-_MAX_DEPTH: Final = 64
-_MAX_CONTAINERS: Final = 250_000
 _MAX_REQUEST_ID: Final = 128
+_PAGE: Final = 20
+_LARGEST_PAGE: Final = 100
 _ENCODE: Final = orjson.OPT_SERIALIZE_NUMPY
 
 
 class Api:
-    """Answers requests with a started server. Every outcome is a response; nothing is raised."""
+    """Answers requests with a started server, on some of the routes or on all. Every outcome is a response."""
 
-    def __init__(self, server: AsyncModelServer) -> None:
+    def __init__(self, server: AsyncModelServer, routes: Routes = None) -> None:
         self._server = server
-        self._fixed: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
-            "/models": ("GET", self._models),
-            "/health/live": ("GET", self._alive),
-            "/health/ready": ("GET", self._ready),
-            "/openapi.json": ("GET", self._openapi),
-            "/metrics": ("GET", self._metrics),
+        self._routes = chosen(routes)
+        self._predicts, self._describes = "predict" in self._routes, "models" in self._routes
+        fixed: dict[str, dict[str, Callable[[Request], Awaitable[Response]]]] = {
+            "models": {"/models": self._models},
+            "health": {"/health/live": self._alive, "/health/ready": self._ready},
+            "openapi": {"/openapi.json": self._openapi},
+            "metrics": {"/metrics": self._metrics},
         }
+        self._fixed = {path: each for family in self._routes for path, each in fixed.get(family, {}).items()}
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""
         request_id = request.request_id or self._server.new_request_id()
         try:
             path = request.path
-            if path.startswith("/predict/"):
+            if path.startswith("/predict/") and self._predicts:
                 return await self._predict(request, path[9:], request_id)
-            if path.startswith("/models/"):
+            if path.startswith("/models/") and self._describes:
                 return await self._model(request, path[8:])
-            method, handler = self._fixed.get(path, ("", _nothing_here))
-            if method:
-                _require_method(request, method)
-            return await handler(request)
+            return await self._fixed.get(path, _nothing_here)(request)
         except Exception as error:  # noqa: BLE001  # the outermost frame: what comes here becomes a response
             return problem_response(error, request_id)
 
@@ -56,37 +58,48 @@ class Api:
 
     async def _predict(self, request: Request, model_name: str, request_id: str) -> Response:
         _require_method(request, "POST")
-        body = _json_body(request)
+        target = self._server.loaded(model_name)  # before the body costs anything
+        bodies.require_json(request)
+        if len(request.body) <= bodies.AT_ONCE:
+            return await self._predicted(model_name, bodies.parsed(request.body), request_id)
+        async with bodies.read_in_turns(request.body, target) as document:
+            return await self._predicted(model_name, document, request_id, is_large=True)
+
+    async def _predicted(
+        self, model_name: str, body: dict[str, Any], request_id: str, *, is_large: bool = False
+    ) -> Response:
         if len(body) != 1:
             raise _misshapen(body)
         if "inputs" in body:
-            answer = await self._server.answer(model_name, (body["inputs"],), "inputs", request_id)
+            row = [body["inputs"]]
+            answer = await self._server.answer(model_name, Pieces(row) if is_large else row, "inputs", request_id)
             return _prediction("prediction", answer[0][0], answer, answer[5][0] if answer[5] else ())
         if "instances" in body:
             rows = body["instances"]
-            if not isinstance(rows, list) or not rows:
+            if not isinstance(rows, list | Pieces) or not rows:
                 raise InvalidInput("instances", "expected a list of at least one row")
+            rows = Pieces(rows) if is_large and isinstance(rows, list) else rows
             answer = await self._server.answer(model_name, rows, "instances[{}]", request_id)
             return _prediction("predictions", answer[0], answer, answer[5])
         raise _misshapen(body)
 
     # -- models --------------------------------------------------------------------------------------------
 
-    async def _models(self, _: Request) -> Response:
+    async def _models(self, request: Request) -> Response:
+        _require_method(request, "GET")
         return _answer({"models": [_summary(status) for status in self._server.status()]})
 
     async def _model(self, request: Request, model_name: str) -> Response:
         _require_method(request, "GET")
-        status = next((each for each in self._server.status() if each.model_name == model_name), None)
-        if status is None:
-            raise ModelNotFound(model_name)
+        status = self._server.status_of(model_name)
+        limit, before = _page_of(request.query)
         return _answer(
             _summary(status)
             | {
                 "pool": None if status.pool is None else _pool(status.pool),
                 "inputs": self._inputs(model_name),
-                "versions": await self._versions(model_name),
             }
+            | await self._versions(model_name, limit, before)
             | self._features(model_name)
         )
 
@@ -104,19 +117,24 @@ class Api:
             return {}
         return {} if plan is None else {"features": plan.keys_of_features}
 
-    async def _versions(self, model_name: str) -> Json:
+    async def _versions(self, model_name: str, limit: int, before: str | None) -> dict[str, Json]:
         """List what the registry has; null while it cannot be asked, since serving goes on without it."""
         try:
-            return [_version(each) for each in await self._server.versions(model_name)]
+            page = await self._server.page(model_name, limit, before)
+        except VersionNotFound:
+            raise
         except ModelServeError:
-            return None
+            return {"versions": None, "next": None}
+        return {"versions": [each._asdict() for each in page.versions], "next": page.next}
 
     # -- health and description ----------------------------------------------------------------------------
 
-    async def _alive(self, _: Request) -> Response:
+    async def _alive(self, request: Request) -> Response:
+        _require_method(request, "GET")
         return _answer({"status": "alive"})
 
-    async def _ready(self, _: Request) -> Response:
+    async def _ready(self, request: Request) -> Response:
+        _require_method(request, "GET")
         ready = self._server.ready
         served = self._server.status()
         body: dict[str, Json] = {
@@ -129,54 +147,33 @@ class Api:
         return _answer(body, 200 if ready else 503)
 
     async def _metrics(self, request: Request) -> Response:
+        _require_method(request, "GET")
         figures = await self._server.metrics()
         return await _nothing_here(request) if figures is None else Response(200, figures, METRICS_TYPE)
 
     async def _openapi(self, request: Request) -> Response:
-        return _answer(openapi_document(self._server, request.root))
+        _require_method(request, "GET")
+        return _answer(openapi_document(self._server, request.root, self._routes))
 
 
 async def _nothing_here(_: Request) -> Response:
     raise HttpProblem(404, "not-found", "there is nothing here")
 
 
+def _page_of(query: bytes) -> tuple[int, str | None]:
+    """Return which versions are asked for: how many, and before which. Raises ``InvalidInput``."""
+    found = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    limit = found.get("limit", str(_PAGE))
+    if not (limit.isascii() and limit.isdigit() and len(limit) <= len(str(_LARGEST_PAGE))):
+        limit = "0"
+    if not 1 <= int(limit) <= _LARGEST_PAGE:
+        raise InvalidInput("limit", f"expected a whole number from 1 to {_LARGEST_PAGE}")
+    return int(limit), found.get("before")
+
+
 def _require_method(request: Request, method: str) -> None:
     if request.method != method:
         raise HttpProblem(405, "method-not-allowed", f"use {method}", allow=method)
-
-
-def _json_body(request: Request) -> dict[str, Json]:
-    media = request.content_type.partition(";")[0].strip().lower()
-    if media and media != "application/json" and not media.endswith("+json"):
-        raise HttpProblem(415, "unsupported-media-type", "send the body as application/json", accept="application/json")
-    nested = request.body.count(b"[") + request.body.count(b"{")
-    if nested > _MAX_CONTAINERS:
-        # Each costs a hundred times its two bytes, on the event loop: seconds for a body that is full of them.
-        problem = f"the body holds {nested} lists and objects; at most {_MAX_CONTAINERS} are read"
-        raise HttpProblem(413, "content-too-large", problem)
-    try:
-        body = orjson.loads(request.body)
-    except orjson.JSONDecodeError as error:
-        raise HttpProblem(400, "malformed-json", f"the body is not JSON: {error}") from None
-    if type(body) is not dict:
-        raise InvalidInput("", "the body must be an object with 'inputs' or 'instances'")
-    if nested > _MAX_DEPTH and _depth(body) > _MAX_DEPTH:
-        raise HttpProblem(400, "malformed-json", f"the body is nested deeper than {_MAX_DEPTH} levels")
-    return body
-
-
-def _depth(document: Json) -> int:
-    """Return the nesting depth, counted level by level: no recursion for a hostile document to exhaust."""
-    depth, level = 0, [document]
-    while level and depth <= _MAX_DEPTH:
-        depth += 1
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if type(parent) is dict else parent)
-            if type(child) in (dict, list)
-        ]
-    return depth
 
 
 def _misshapen(body: dict[str, Json]) -> InvalidInput:
@@ -251,13 +248,3 @@ def _state(status: ModelStatus) -> str:
     if status.ready:
         return "ready"
     return "loading" if status.loading else "failed" if status.target and status.problem else "waiting"
-
-
-def _version(version: ModelVersion) -> dict[str, Json]:
-    return {
-        "version": version.version,
-        "status": version.status,
-        "framework": version.framework,
-        "metrics": version.metrics,
-        "created_at": version.created_at.isoformat(),
-    }

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
-from modelserve.http.api import MAX_BODY_BYTES, Api, clean_request_id
+from modelserve.http.api import Api, clean_request_id
 from modelserve.http.messages import Request, Response
 from modelserve.http.problems import HttpProblem, problem_response
+from modelserve.http.routes import Routes
 from modelserve.server import AsyncModelServer
+from modelserve.signature import MAX_BODY_BYTES
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -37,12 +39,13 @@ class AsgiFace:
         prefix: str = "",
         otherwise: App | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
+        routes: Routes = None,
     ) -> None:
         if not isinstance(server, AsyncModelServer):
             msg = f"ms.asgi takes an AsyncModelServer, not a {type(server).__name__}; ms.wsgi takes a ModelServer"
             raise TypeError(msg)
         self._server = server
-        self._api = Api(server)
+        self._api = Api(server, routes)
         self._prefix = f"/{prefix.strip('/')}" if prefix.strip("/") else ""
         self._otherwise = otherwise
         self._max_body_bytes = max_body_bytes
@@ -79,7 +82,8 @@ class AsgiFace:
         method = "GET" if head else scope["method"]
         try:
             body = await self._body(receive, length)
-            response = await self._api(Request(method, path, body, content_type, request_id, root))
+            query = scope.get("query_string", b"")
+            response = await self._api(Request(method, path, body, content_type, request_id, root, query))
         except HttpProblem as problem:
             response = problem_response(problem, request_id)
         except _Disconnected:
@@ -171,12 +175,19 @@ async def _send(send: Send, response: Response, *, head: bool = False) -> None:
 
 
 def asgi(
-    server: AsyncModelServer, *, prefix: str = "", otherwise: App | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    server: AsyncModelServer,
+    *,
+    prefix: str = "",
+    otherwise: App | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    routes: Routes = None,
 ) -> AsgiFace:
     """Return a server's ASGI app.
 
     ``app.mount("/ml", ms.asgi(server))`` mounts it (the host's lifespan starts the server);
     ``ms.asgi(server, prefix="/ml", otherwise=app)`` answers its prefix before the host's middleware costs anything;
     ``uvicorn module:app`` with ``app = ms.asgi(server)`` serves it alone. Bodies over ``max_body_bytes`` get a 413.
+    ``routes="predict"``, or several of ``predict``, ``models``, ``health``, ``openapi`` and ``metrics``, answers these
+    alone; raises ``ConfigError`` for any other.
     """
-    return AsgiFace(server, prefix=prefix, otherwise=otherwise, max_body_bytes=max_body_bytes)
+    return AsgiFace(server, prefix=prefix, otherwise=otherwise, max_body_bytes=max_body_bytes, routes=routes)

@@ -14,6 +14,7 @@ class Request(NamedTuple):
     content_type: str
     request_id: str | None
     root: str
+    query: bytes = b""
 
 
 class Response(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Final
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from modelserve.errors import NotReady
 from modelserve.features.layout import MAX_KEY_BYTES
 from modelserve.features.plan import FeaturePlan
+from modelserve.http.routes import FAMILIES
 from modelserve.server import AsyncModelServer
 from modelserve.signature import Field, Signature
 from modelserve.types import Json
@@ -26,27 +28,25 @@ _PROBLEMS: Final = {
 }
 
 
-def openapi_document(server: AsyncModelServer, root: str) -> Json:
-    """Describe every model that serves now, with one typed schema per model, and the fixed routes."""
+def openapi_document(server: AsyncModelServer, root: str, routes: Collection[str] = FAMILIES) -> Json:
+    """Describe every model that serves now, with one typed schema per model, and the fixed routes; those of a mount."""
     schemas: dict[str, Json] = {"Problem": _PROBLEM}
-    paths: dict[str, Json] = {
-        "/models": {"get": _get("List the models served here", "models")},
-        "/health/live": {"get": _get("Whether the process is alive", "live")},
-        "/health/ready": {"get": _get("Whether every model is ready", "ready") | {"responses": _READY}},
-    }
-    if server.counts:
-        paths["/metrics"] = {"get": _METRICS}
+    paths = {path: each for family in FAMILIES if family in routes for path, each in _FIXED.get(family, {}).items()}
+    if not server.counts:
+        paths.pop("/metrics", None)
     for status in server.status():
         try:
             loaded = server.loaded(status.model_name)
         except NotReady:
             continue
         name = status.model_name
-        schemas[_component(name)] = (
-            inputs_schema(loaded.signature) if loaded.plan is None else request_schema(loaded.plan)
-        )
-        paths[f"/predict/{name}"] = {"post": _predict(name, loaded.options.queue_limit)}
-        paths[f"/models/{name}"] = {"get": _get(f"Describe {name}", f"model-{name}", "404")}
+        if "predict" in routes:
+            schemas[_component(name)] = (
+                inputs_schema(loaded.signature) if loaded.plan is None else request_schema(loaded.plan)
+            )
+            paths[f"/predict/{name}"] = {"post": _predict(name, loaded.options.queue_limit)}
+        if "models" in routes:
+            paths[f"/models/{name}"] = {"get": _describe(name)}
     return {
         "openapi": "3.1.0",
         "info": {"title": "modelserve", "version": "1", "description": "Models served by this application."},
@@ -155,6 +155,17 @@ def _get(summary: str, operation: str, *problems: str) -> dict[str, Json]:
     }
 
 
+def _describe(name: str) -> dict[str, Json]:
+    parameters = [
+        {"name": each, "in": "query", "required": False, "schema": schema, "description": text}
+        for each, schema, text in (
+            ("limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, "How many versions to list"),
+            ("before", {"type": "string"}, "List those that were registered before this version"),
+        )
+    ]
+    return _get(f"Describe {name}", f"model-{name}", "404", "422") | {"parameters": parameters}
+
+
 def _json_response(description: str, schema: Json) -> Json:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
@@ -199,4 +210,12 @@ _PROBLEM: Final = {
         "request_id": {"type": "string"},
     },
     "required": ["type", "title", "status", "detail"],
+}
+_FIXED: Final[dict[str, dict[str, Json]]] = {
+    "models": {"/models": {"get": _get("List the models served here", "models")}},
+    "health": {
+        "/health/live": {"get": _get("Whether the process is alive", "live")},
+        "/health/ready": {"get": _get("Whether every model is ready", "ready") | {"responses": _READY}},
+    },
+    "metrics": {"/metrics": {"get": _METRICS}},
 }

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any, Final, TypeAlias
 
-from modelserve.http.api import MAX_BODY_BYTES, Api, clean_request_id
+from modelserve.http.api import Api, clean_request_id
 from modelserve.http.messages import Request, Response
 from modelserve.http.problems import HttpProblem, problem_response
+from modelserve.http.routes import Routes
+from modelserve.signature import MAX_BODY_BYTES
 from modelserve.sync_server import ModelServer
 
 Environ: TypeAlias = dict[str, Any]
@@ -22,12 +24,12 @@ _LENGTH_DIGITS: Final = 18  # enough to be too large; int() refuses thousands of
 class WsgiFace:
     """Answers HTTP with a server's predictions. An unstarted server is started at the first request, after the fork."""
 
-    def __init__(self, server: ModelServer, *, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, server: ModelServer, *, max_body_bytes: int = MAX_BODY_BYTES, routes: Routes = None) -> None:
         if not isinstance(server, ModelServer):
             msg = f"ms.wsgi takes a ModelServer, not a {type(server).__name__}; ms.asgi takes an AsyncModelServer"
             raise TypeError(msg)
         self._server = server
-        self._api = Api(server.core)
+        self._api = Api(server.core, routes)
         self._max_body_bytes = max_body_bytes
         self._starting = threading.Lock()
         self._started_in = 0
@@ -58,6 +60,7 @@ class WsgiFace:
             content_type=environ.get("CONTENT_TYPE", ""),
             request_id=request_id,
             root=environ.get("SCRIPT_NAME", ""),
+            query=environ.get("QUERY_STRING", "").encode("latin-1"),
         )
 
     def _body(self, environ: Environ) -> bytes:
@@ -99,10 +102,10 @@ def _send(start_response: StartResponse, response: Response, *, head: bool) -> I
     return [b"" if head else response.body]
 
 
-def wsgi(server: ModelServer, *, max_body_bytes: int = MAX_BODY_BYTES) -> WsgiFace:
+def wsgi(server: ModelServer, *, max_body_bytes: int = MAX_BODY_BYTES, routes: Routes = None) -> WsgiFace:
     """Return a server's WSGI app: ``DispatcherMiddleware(flask_app, {"/ml": ms.wsgi(server)})``.
 
     Uses a started server, or starts it at the first request, after the web server's fork. Bodies over
-    ``max_body_bytes`` get a 413.
+    ``max_body_bytes`` get a 413. ``routes`` names the routes that are answered, as in :func:`modelserve.asgi`.
     """
-    return WsgiFace(server, max_body_bytes=max_body_bytes)
+    return WsgiFace(server, max_body_bytes=max_body_bytes, routes=routes)

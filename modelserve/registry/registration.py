@@ -24,7 +24,7 @@ from modelserve.ports import Framework, Model, SavedModel
 from modelserve.registry.answers import answers_of
 from modelserve.registry.conversion import Proven, converted
 from modelserve.registry.proof import marks_to_try, require_same_as_given
-from modelserve.signature import Signature
+from modelserve.signature import Signature, refuse_unaskable
 from modelserve.types import Artifact, FrameworkName, Json, Row, Runtime
 
 _EXAMPLE_ROWS: Final = 8
@@ -56,6 +56,7 @@ def prepare(
     factory: str | None,
     optimize: str | None,
     baseline: Any,
+    max_body_bytes: int | None,
 ) -> Registration:
     """Save ``model`` (an object or the path of a saved one), prove it, and store it. Adds no row."""
     if signature is not None and not isinstance(signature, Signature):
@@ -67,6 +68,8 @@ def prepare(
     name = framework or _framework_of(model)
     adapter = plugins.framework(name)
     signature = signature or _inferred(example)
+    if max_body_bytes is not None:
+        refuse_unaskable(signature.inputs, max_body_bytes)
     options: dict[str, Json] = {"method": method, "trusted": list(trusted), "format": format, "factory": factory}
     rows = [] if example is None else signature.rows_of(example, _EXAMPLE_ROWS)
     with tempfile.TemporaryDirectory(prefix="modelserve-") as folder:

@@ -38,6 +38,7 @@ from modelserve.registry.rows import (
     find_version,
     read_deployments,
     read_events,
+    read_page,
     read_pointers,
     require_model,
     require_version,
@@ -46,7 +47,7 @@ from modelserve.registry.rows import (
 )
 from modelserve.registry.tables import model_version
 from modelserve.registry.values import check_text, plain_json
-from modelserve.signature import Signature
+from modelserve.signature import MAX_BODY_BYTES, Signature
 from modelserve.types import (
     Artifact,
     DeploymentEvent,
@@ -55,6 +56,7 @@ from modelserve.types import (
     Json,
     ModelVersion,
     Pointer,
+    VersionPage,
 )
 
 
@@ -139,6 +141,20 @@ class Registry:
             require_model(connection, model_name)
             query = sa.select(model_version).where(model_version.c.model_name == model_name)
             return [to_version(row) for row in connection.execute(query.order_by(model_version.c.id.desc()))]
+
+    def page(self, model_name: str, limit: int = 20, before: str | None = None) -> VersionPage:
+        """Return the newest versions of a model, or the newest of those that were registered before another.
+
+        One query that reads what a list shows and ``limit`` rows, however many there are. Raises ``ModelNotFound``, and
+        ``VersionNotFound`` for an unknown ``before``.
+        """
+        with self._database.read() as connection:
+            page = read_page(connection, model_name, limit, before)
+            if not page.versions:
+                require_model(connection, model_name)
+                if before is not None:
+                    require_version(connection, model_name, before)
+            return page
 
     def production(self, model_name: str) -> ModelVersion:
         """Return the version in production. Raises ``ModelNotFound``, or ``VersionNotFound`` when there is none."""
@@ -242,6 +258,7 @@ class Registry:
         factory: str | None = None,
         optimize: str | None = None,
         baseline: Any = None,
+        max_body_bytes: int | None = MAX_BODY_BYTES,
         metrics: Mapping[str, Json] | None = None,
         tags: Mapping[str, str] | None = None,
         signing_key: str | Path | SigningKey | None = None,
@@ -257,7 +274,9 @@ class Registry:
         ``factory`` (``"package.module:callable"``) builds the network that saved weights belong to. With
         ``optimize="onnx"`` the model is converted; what comes out has to answer the example, and up to 100,000 rows
         of ``baseline``, as the original does, and is served in its place. ``signing_key`` signs the version at once,
-        as :meth:`sign` does later.
+        as :meth:`sign` does later. A signature whose shortest request is larger than ``max_body_bytes`` is refused:
+        give the limit of your mount (``ms.asgi(server, max_body_bytes=…)``), or None for a model that is asked from
+        Python alone.
 
         Raises ``InvalidInput`` for what cannot be served, ``ArtifactUnsafe`` for types that would need trust, and
         ``VersionExists``: a version is registered once.
@@ -278,6 +297,7 @@ class Registry:
             factory=factory,
             optimize=optimize,
             baseline=baseline,
+            max_body_bytes=max_body_bytes,
         )
         return self._insert(
             model_name=model_name,

@@ -10,7 +10,15 @@ import sqlalchemy as sa
 from modelserve.errors import ModelNotFound, VersionNotFound
 from modelserve.registry.names import is_name
 from modelserve.registry.tables import deployment, deployment_event, model_version
-from modelserve.types import Artifact, DeploymentEvent, DeploymentState, ModelVersion, Pointer
+from modelserve.types import (
+    Artifact,
+    DeploymentEvent,
+    DeploymentState,
+    ModelVersion,
+    Pointer,
+    VersionPage,
+    VersionSummary,
+)
 
 EXAMPLE_FORMAT = "example-json"
 _MOST_NAMES: Final = 1000  # SQLite takes 32,766 parameters, PostgreSQL 65,535
@@ -84,6 +92,20 @@ def _of(names: Collection[str] | None, query: sa.Select[Any]) -> sa.Select[Any]:
     if names is None or len(names) > _MOST_NAMES:
         return query
     return query.where(deployment.c.model_name.in_([name for name in names if is_name(name)]))
+
+
+def read_page(connection: sa.Connection, model_name: str, limit: int, before: str | None) -> VersionPage:
+    """Read up to ``limit`` versions, newest first, with the columns that a list shows; none for what is no name."""
+    if not (is_name(model_name) and (before is None or is_name(before))):
+        return VersionPage((), None)
+    table = model_version.c
+    shown = (table.version, table.status, table.framework, table.metrics, table.created_at)
+    query = sa.select(*shown).where(table.model_name == model_name).order_by(table.id.desc()).limit(limit + 1)
+    if before is not None:
+        last = sa.select(table.id).where(table.model_name == model_name, table.version == before)
+        query = query.where(table.id < last.scalar_subquery())
+    found = tuple(VersionSummary(*row) for row in connection.execute(query))
+    return VersionPage(found[:limit], found[limit - 1].version if len(found) > limit else None)
 
 
 def read_events(connection: sa.Connection, model_name: str) -> list[DeploymentEvent]:

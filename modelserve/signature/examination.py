@@ -14,6 +14,7 @@ import numpy as np
 from modelserve.errors import InvalidInput
 from modelserve.signature.acceptance import BLOCK_CHECKS
 from modelserve.signature.fields import FLOATS, INTEGERS, Field
+from modelserve.signature.pieces import Examined, Pieces
 from modelserve.types import Array
 
 Examine: TypeAlias = Callable[[Any], Any]
@@ -28,8 +29,7 @@ _KINDS_INTO: Final = {"f": "fiu", "i": "iu", "u": "iu", "b": "b", "O": ""}
 
 def examiner(field: Field) -> Examine:
     """Return what turns a request's value for ``field`` into the row's value, or raises ``InvalidInput``."""
-    examine = _scalar_examiner(dataclasses.replace(field, shape=()))
-    return _tensor_examiner(field, examine) if field.shape else examine
+    return _tensor_examiner(field) if field.shape else _scalar_examiner(field)
 
 
 def is_missing(value: Any) -> bool:
@@ -56,6 +56,7 @@ _KINDS: Final = {
     str: "a string",
     list: "a list",
     tuple: "a list",
+    Pieces: "a list",
     dict: "an object",
 }
 
@@ -146,8 +147,8 @@ def _refuse(field: Field, value: Any) -> NoReturn:
 # -- values with a shape -----------------------------------------------------------------------------------
 
 
-def _tensor_examiner(field: Field, examine_element: Examine) -> Examine:
-    fits, dtype = BLOCK_CHECKS[field.dtype], field.numpy_dtype
+def _tensor_examiner(field: Field) -> Examine:
+    fits, dtype, examine_elements = BLOCK_CHECKS[field.dtype], field.numpy_dtype, ElementExaminer(field)
     flat_size = field.shape[0] if len(field.shape) == 1 else None
     take = _list_reader(field)
 
@@ -155,12 +156,14 @@ def _tensor_examiner(field: Field, examine_element: Examine) -> Examine:
         # The commonest tensor is a plain list of numbers: take it whole if all its elements fit at once.
         if type(value) is list and len(value) == flat_size and fits(value):
             return take(value)
+        if type(value) is Examined and value.field == field:
+            return value.array
         array = _as_array(field, value)
         if array is not None and array.dtype.kind in _KINDS_INTO[dtype.kind]:
             return _cast_in_range(field, array)
-        elements = _elements(field, value) if array is None else array.ravel().tolist()
+        elements = flattened(field, [value], 0) if array is None else array.ravel().tolist()
         if not fits(elements):
-            elements = _examined(field, elements, examine_element)
+            elements = examine_elements(elements)
         return np.array(elements, dtype=dtype).reshape(field.shape)
 
     return examine
@@ -204,32 +207,41 @@ def _as_foreign_array(field: Field, value: Any) -> Any:
         raise InvalidInput(field.name, f"{kind_of(value)} that cannot be read as an array: {error}") from error
 
 
-def _elements(field: Field, value: Any) -> list[Any]:
-    """Return the elements of nested lists whose lengths are exactly the field's shape."""
-    level = [value]
-    for depth, size in enumerate(field.shape):
-        for part in level:
-            if not isinstance(part, list | tuple) and not (isinstance(part, np.ndarray) and part.ndim):
-                raise InvalidInput(
-                    field.name, f"expected shape {list(field.shape)}, got {kind_of(part)} at depth {depth}"
-                )
-            if len(part) != size:
-                raise InvalidInput(
-                    field.name, f"expected shape {list(field.shape)}, got a length of {len(part)} at depth {depth}"
-                )
-        level = list(chain.from_iterable(level))
-    return level
+def flattened(field: Field, parts: list[Any], depth: int) -> list[Any]:
+    """Return the elements of nested lists, each as long as the field's shape says from ``depth`` on."""
+    for below in range(depth, len(field.shape)):
+        for part in parts:
+            check_length(field, part, below)
+        parts = list(chain.from_iterable(parts))
+    return parts
 
 
-def _examined(field: Field, elements: list[Any], examine: Examine) -> list[Any]:
-    values: list[Any] = []
-    try:
-        for element in elements:
-            values.append(examine(element))  # noqa: PERF401  # the count says which element was wrong
-    except InvalidInput as error:
-        where = [int(index) for index in np.unravel_index(len(values), field.shape)]
-        raise InvalidInput(field.name, f"element {where}: {error.problem}") from None
-    return values
+def check_length(field: Field, part: Any, depth: int) -> None:
+    """Raise ``InvalidInput`` unless this is a list of the field's size at ``depth``."""
+    if not isinstance(part, list | tuple | Pieces) and not (isinstance(part, np.ndarray) and part.ndim):
+        raise InvalidInput(field.name, f"expected shape {list(field.shape)}, got {kind_of(part)} at depth {depth}")
+    if len(part) != field.shape[depth]:
+        problem = f"expected shape {list(field.shape)}, got a length of {len(part)} at depth {depth}"
+        raise InvalidInput(field.name, problem)
+
+
+class ElementExaminer:
+    """Examines elements of a field with a shape one by one, and names the place of one that does not fit."""
+
+    def __init__(self, field: Field) -> None:
+        self._field = field
+        self._examine = _scalar_examiner(dataclasses.replace(field, shape=()))
+
+    def __call__(self, elements: list[Any], first: int = 0) -> list[Any]:
+        """Return the elements as the field takes them; ``first`` is the place of the first one, in C order."""
+        values: list[Any] = []
+        try:
+            for element in elements:
+                values.append(self._examine(element))  # noqa: PERF401  # the count says which element was wrong
+        except InvalidInput as error:
+            where = [int(index) for index in np.unravel_index(first + len(values), self._field.shape)]
+            raise InvalidInput(self._field.name, f"element {where}: {error.problem}") from None
+        return values
 
 
 def _cast_in_range(field: Field, array: Array) -> Array:

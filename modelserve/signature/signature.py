@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -14,6 +15,8 @@ from modelserve.signature.examination import examiner, kind_of, plain
 from modelserve.signature.examples import columns_of, infer_field, json_value, with_mark
 from modelserve.signature.fields import MAX_NAME, Field
 from modelserve.signature.forms import is_frame
+from modelserve.signature.large import examined, stand_in, takes_steps
+from modelserve.turns import Steps
 from modelserve.types import Array, Json, Row
 
 
@@ -28,7 +31,7 @@ class Signature:
     modelserve.errors.InvalidInput: tenure: expected int64, got a string
     """
 
-    __slots__ = ("_examiners", "_fits", "_names", "_others", "_pick", "_write", "inputs")
+    __slots__ = ("_examiners", "_fits", "_names", "_others", "_pick", "_shaped", "_write", "inputs", "size")
 
     def __init__(self, inputs: Iterable[Field]) -> None:
         self.inputs = tuple(inputs)
@@ -42,6 +45,9 @@ class Signature:
         self._examiners = tuple(examiner(field) for field in self.inputs)
         self._others = tuple((i, self._examiners[i]) for i, field in enumerate(self.inputs) if not is_plain(field))
         self._write = writer(self.inputs)
+        self._shaped = {field.name: field for field in self.inputs if field.shape}
+        self.size = sum(math.prod(field.shape) for field in self.inputs)
+        """How many elements one row has."""
 
     # -- the request path ----------------------------------------------------------------------------------
 
@@ -63,6 +69,22 @@ class Signature:
         if not self._fits(values):
             return tuple(examine(value) for examine, value in zip(self._examiners, values, strict=True))
         return self._with_others_examined(values) if self._others else values
+
+    def prepare(self, inputs: Any) -> Steps[Any]:
+        """Examine the large values of one request in steps, and return the request with them for :meth:`validate`.
+
+        Raises ``InvalidInput`` as that does. What is small, or of no form that JSON has, is left as it is.
+        """
+        if not isinstance(inputs, dict):
+            return stand_in(inputs)
+        found = {}
+        for name, value in inputs.items():
+            field = self._shaped.get(name)
+            if field is None:
+                found[name] = stand_in(value)
+            elif takes_steps(field, value):
+                found[name] = yield from examined(field, value)
+        return inputs | found
 
     def stack(self, rows: Sequence[Row]) -> dict[str, Array]:
         """Turn n validated rows into columns: per input an array of shape ``(n, *shape)``."""

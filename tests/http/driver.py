@@ -86,7 +86,8 @@ def secrets_in(body: bytes) -> list[str]:
 
 
 def scope_of(method: str, path: str, headers: Headers = (), **more: Any) -> dict[str, Any]:
-    """Return an ASGI scope as a server would make it."""
+    """Return an ASGI scope as a server would make it; ``path`` may have a query."""
+    path, _, query = path.partition("?")
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -95,7 +96,7 @@ def scope_of(method: str, path: str, headers: Headers = (), **more: Any) -> dict
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(errors="replace"),
-        "query_string": b"",
+        "query_string": query.encode(),
         "root_path": "",
         "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers],
         "client": ("127.0.0.1", 1),
@@ -153,10 +154,12 @@ def call_wsgi(
     started: list[tuple[str, list[tuple[str, str]]]] = []
     stream = io.BytesIO(body) if isinstance(body, bytes) else body
     length = {"CONTENT_LENGTH": str(len(body))} if isinstance(body, bytes) else {}
+    path, _, query = path.partition("?")
     basic = {
         "REQUEST_METHOD": method,
         "SCRIPT_NAME": "",
         "PATH_INFO": path.encode().decode("latin-1"),
+        "QUERY_STRING": query,
         "SERVER_NAME": "localhost",
         "SERVER_PORT": "80",
         "SERVER_PROTOCOL": "HTTP/1.1",

@@ -33,3 +33,10 @@ def lose_a_row(x: Any) -> Any:
 def answer_bytes(x: Any) -> Any:
     """Return what has no JSON form where an element is negative."""
     return x if (x >= 0).all() else np.array([b"bytes"] * len(x), dtype=object)
+
+
+def measure(x: Any) -> Any:
+    """Return the sum of each row's numbers, or the length of its string."""
+    if x.dtype == object:
+        return np.array([[float(len(each))] for each in x.ravel()])
+    return x.reshape(len(x), -1).sum(axis=1, dtype=float)[:, np.newaxis]

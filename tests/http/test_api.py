@@ -6,7 +6,10 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.tree import DecisionTreeClassifier
 
 import modelserve as ms
-from modelserve.errors import BackendUnavailable
+from modelserve.errors import BackendUnavailable, ConfigError
 from tests.http import functions
 from tests.http.driver import JSON, Answer, Caller, Subject, asgi_caller, call_asgi, call_wsgi, predict, predict_many
 
@@ -148,7 +151,7 @@ def test_a_body_full_of_containers_is_refused_unparsed(call: Caller, filling: by
     body = b'{"inputs": [' + b",".join([filling] * 300_000) + b"]}"
     answer = call("POST", "/predict/tiles", body, [JSON])
     assert answer.status == 413
-    assert "300" in answer.problem()["detail"]
+    assert "more than 4098 lists and objects" in answer.problem()["detail"]
     assert call("POST", "/predict/tiles", b'{"inputs": {"x": [[1, 2, 3], [4, 5, 6]]}}', [JSON]).status == 200
 
 
@@ -339,13 +342,84 @@ def test_a_model_is_described_while_the_registry_is_away(
 ) -> None:
     """Without the registry the versions are unknown; the rest is still told."""
 
-    def away(_: str) -> Any:
+    def away(*_: Any) -> Any:
         raise BackendUnavailable("the registry's database", functions.SECRET)
 
-    monkeypatch.setattr(server.core.registry, "versions", away)
-    answer = call("GET", "/models/churn")
+    monkeypatch.setattr(server.core.registry, "page", away)
+    answer = call("GET", "/models/churn?limit=7")
     assert (answer.status, answer.json()["versions"]) == (200, None)
     assert answer.json()["inputs"] is not None
+
+
+def test_versions_come_in_pages(face: str, tmp_path: Path) -> None:
+    """The newest twenty are shown; ``next`` leads to the ones before them, until there are none."""
+    with ms.Registry(f"sqlite:///{tmp_path}/models.db") as registry:
+        model, rows = FunctionTransformer(np.absolute), np.array([[1.0], [2.0]])
+        first = registry.register("m", "0", model, example=rows, method="transform")
+        for i in range(1, 45):
+            registry.register("m", str(i), model, example=rows, method="transform", metrics={"n": i})
+        registry.promote("m", "44")
+        with ms.ModelServer(registry, {"m": ms.ModelOptions()}, cache_dir=tmp_path / "cache", poll_s=3600) as server:
+            ask = caller(face, server)
+
+            def call(query: str) -> Any:
+                return ask("GET", f"/models/m?{query}").json()
+
+            found, query = [], ""
+            while True:
+                page = call(query)
+                found.append([version["version"] for version in page["versions"]])
+                if page["next"] is None:
+                    break
+                query = f"before={page['next']}"
+            assert [len(each) for each in found] == [20, 20, 5]
+            assert list(chain.from_iterable(found)) == [str(i) for i in range(44, -1, -1)]
+            assert call("limit=2&before=44") == call("before=44&limit=2")
+            assert [each["metrics"] for each in call("limit=2&before=44")["versions"]] == [{"n": 43}, {"n": 42}]
+            assert call("limit=45")["next"] is None
+            assert call("before=0")["versions"] == []
+            assert first.created_at.isoformat() == call("before=1")["versions"][0]["created_at"]
+            assert call("before=nothing")["status"] == 404
+            for limit in ("0", "101", "-1", "1.5", "", "²", "9" * 5000):
+                assert (call(f"limit={quote(limit)}")["status"], call(f"limit={quote(limit)}")["field"]) == (
+                    422,
+                    "limit",
+                )
+
+
+# -- some of the routes ------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "predict": ("POST", "/predict/tiles"),
+    "models": ("GET", "/models/tiles"),
+    "health": ("GET", "/health/ready"),
+    "openapi": ("GET", "/openapi.json"),
+    "metrics": ("GET", "/metrics"),
+}
+
+
+@pytest.mark.parametrize("routes", ["predict", ["predict", "health"], ("models",), {"openapi", "metrics"}])
+def test_a_mount_answers_the_routes_that_it_was_given(server: ms.ModelServer, face: str, routes: Any) -> None:
+    """Only the families named are there; the description names no others."""
+    if face == "wsgi":
+        app = ms.wsgi(server, routes=routes)
+        call: Caller = lambda method, path, body=b"", headers=(JSON,): call_wsgi(app, method, path, body, headers)  # noqa: E731  # either of two
+    else:
+        call = asgi_caller(server, ms.asgi(server.core, routes=routes))
+    named = {routes} if isinstance(routes, str) else set(routes)
+    body = b'{"inputs": {"x": [[1, 2, 3], [4, 5, 6]]}}'
+    for family, (method, path) in FAMILIES.items():
+        assert call(method, path, body).status == (200 if family in named else 404), family
+    if "openapi" in named:
+        assert call("GET", "/openapi.json").json()["paths"].keys() == {"/metrics"}
+
+
+@pytest.mark.parametrize("routes", ["predictions", ["predict", "/health"], [], "", [None]])
+def test_unknown_routes_are_a_wrong_configuration(server: ms.ModelServer, routes: Any) -> None:
+    """A family that there is not, or none at all, is refused where the mount is made."""
+    for make in (lambda: ms.asgi(server.core, routes=routes), lambda: ms.wsgi(server, routes=routes)):
+        with pytest.raises(ConfigError, match=r"routes: expected some of predict, models, health, openapi, metrics"):
+            make()
 
 
 def test_a_model_that_waits_is_listed_without_inputs(odd_server: ms.ModelServer, face: str) -> None:

@@ -310,7 +310,7 @@ def test_wide_bodies(call: Caller) -> None:
     ]
     for document in wide:
         answer = send(call, "trees", json.dumps(document).encode())
-        assert answer.status == 422
+        assert answer.status in {413, 422}
         assert len(answer.body) < 2_000
         answer.problem()
 

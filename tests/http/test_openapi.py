@@ -196,7 +196,8 @@ def test_every_operation_is_held_to(api: Any) -> None:
 @pytest.mark.parametrize(("method", "path"), [*PREDICTIONS, *OTHERS])
 def test_requests_that_fit_the_description_are_answered(api: Any, method: str, path: str) -> None:
     """Whatever the document allows is answered with 200, in the form that it promises."""
-    assert check_cases(api, method, path, schemathesis.GenerationMode.POSITIVE) == {200}
+    unknown = {404} if path.startswith("/models/") else set()  # a page that begins at a version that there is not
+    assert check_cases(api, method, path, schemathesis.GenerationMode.POSITIVE) - unknown == {200}
 
 
 @pytest.mark.parametrize(("method", "path"), PREDICTIONS)

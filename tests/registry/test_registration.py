@@ -209,3 +209,17 @@ def test_a_folder_where_a_file_should_be_is_refused(registry: ms.Registry, tmp_p
     (tmp_path / "model.onnx").mkdir()
     with pytest.raises(ms.InvalidInput, match=r"model: .*model\.onnx cannot be read"):
         registry.register("m", "1", tmp_path / "model.onnx", example=X)
+
+
+# -- signatures that no request can have -------------------------------------------------------------------
+
+
+def test_a_signature_that_no_body_can_hold_is_refused(registry: ms.Registry) -> None:
+    """What could never be asked over HTTP is refused with the limit's name, unless the limit is another, or none."""
+    model, signature = LinearRegression().fit(X, Y), ms.Signature([ms.Field("x", "float64", (9_000_000,))])
+    with pytest.raises(ms.InvalidInput, match=r"has at least 18000\d+ bytes .* at most 16777216 \(max_body_bytes\)"):
+        registry.register("m", "1", model, signature=signature)
+    registry.register("m", "1", model, signature=signature, max_body_bytes=20_000_000)
+    registry.register("m", "2", model, signature=signature, max_body_bytes=None)
+    with pytest.raises(ms.InvalidInput, match="at most 15 "):
+        registry.register("m", "3", model, example=X[:2], max_body_bytes=15)
