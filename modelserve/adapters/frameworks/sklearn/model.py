@@ -75,13 +75,18 @@ class SklearnModel:
             return np.asarray(sole)
         frame = _owned_frame(example)
         if frame is None:
-            return example
+            return example[:, np.newaxis] if _is_one_column(example) else example
         if self._fitted is not None:
             return frame[in_fitted_order(self._fitted, list(frame.columns))]
         is_text = len(frame.columns) == 1 and not plugins.require("pandas").api.types.is_numeric_dtype(
             frame.dtypes.iloc[0]
         )
         return frame.iloc[:, 0] if is_text else frame  # what was not fitted on a frame takes its texts bare
+
+
+def _is_one_column(example: Any) -> bool:
+    """Whether an array has a number per row, which scikit-learn takes as a matrix of one column."""
+    return isinstance(example, np.ndarray) and example.ndim == 1 and example.dtype.kind in "biuf"
 
 
 def _owned_frame(example: Any) -> Any:
