@@ -14,6 +14,7 @@
     ├── Unavailable              retryable
     │   ├── Overloaded           carries ``retry_after``
     │   ├── NotReady
+    │   │   └── NotRunning       the server itself: not started, starting, closing, closed
     │   └── BackendUnavailable
     ├── DeadlineExceeded         retryable
     ├── ExecutionError
@@ -35,13 +36,22 @@ error looks over HTTP is decided in :mod:`modelserve.http` alone.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Final, Literal, TypeAlias
+
+NotRunningState: TypeAlias = Literal["not started", "starting", "closing", "closed"]
+_NOT_RUNNING: Final[dict[NotRunningState, str]] = {
+    "not started": "the server was not started: enter it (async with server), or await server.start(), in the lifespan "
+    "of the host application; a ModelServer is entered by with, or started by start()",
+    "starting": "the server is starting",
+    "closing": "the server is closing",
+    "closed": "the server was closed; it answers again after another start()",
+}
 
 
 class ModelServeError(Exception):
     """The root: ``except ModelServeError`` catches everything this library raises on purpose."""
 
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
 
 
 class InvalidInput(ModelServeError):
@@ -132,6 +142,14 @@ class NotReady(Unavailable):
     """No version is loaded yet, or the server is closing."""
 
 
+class NotRunning(NotReady):
+    """The server itself does not answer. ``state`` says why: it was not started, is starting, is closing, is closed."""
+
+    def __init__(self, state: NotRunningState) -> None:
+        super().__init__(_NOT_RUNNING[state])
+        self.state = state
+
+
 class BackendUnavailable(Unavailable):
     """A database, object store, cache or feature store did not answer. ``backend`` names it; the cause is chained."""
 
@@ -213,7 +231,7 @@ class ForkedServer(ModelServeError):
 
     def __init__(self, started_in: int, used_in: int) -> None:
         super().__init__(
-            f"this ModelServer was started in process {started_in} and copied by fork into {used_in}, where its "
+            f"this server was started in process {started_in} and copied by fork into {used_in}, where its "
             "threads do not exist; start it after the fork (gunicorn: in post_fork, or give ms.wsgi an unstarted one)"
         )
 

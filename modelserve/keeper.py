@@ -218,6 +218,11 @@ class Keeper:
         if self._retiring:
             await asyncio.wait(self._retiring)
 
+    def abandon(self) -> None:
+        """Free the versions without the loop, which has ended."""
+        for version in self._loaded.values():
+            version.abandon()
+
     # -- one step at a time --------------------------------------------------------------------------------
 
     def _work_towards(self, state: DeploymentState) -> None:

@@ -109,14 +109,18 @@ class Live:
 
     async def stop(self) -> None:
         """Stop looking, then drain and free every version."""
-        self._stopped = True
-        for unsubscribe in self._subscriptions:
-            unsubscribe()
+        self._stop_listening()
         if self._poll is not None:
             self._poll.cancel()
             await asyncio.wait([self._poll])
         await asyncio.gather(*(keeper.stop() for keeper in self._keepers.values()))
         self._keepers.clear()
+
+    def abandon(self) -> None:
+        """Free what can be freed without the loop, which has ended."""
+        self._stop_listening()
+        for keeper in self._keepers.values():
+            keeper.abandon()
 
     def status(self) -> list[ModelStatus]:
         """Return the status of every model served here, by name; of one that is to be, but could not be read, too."""
@@ -158,6 +162,11 @@ class Live:
 
     def _serves(self, model_name: str) -> bool:
         return self._models is None or model_name in self._models
+
+    def _stop_listening(self) -> None:
+        self._stopped = True
+        for unsubscribe in self._subscriptions:
+            unsubscribe()
 
     async def _look_forever(self) -> None:
         while True:

@@ -128,6 +128,11 @@ class LoadedVersion:
             if self._before is not None:
                 self._before.take_room_back()
 
+    def abandon(self) -> None:
+        """Free it without the loop, which has ended, and with it every request."""
+        self.pool.abandon()
+        self._held.close()
+
     async def make_room(self) -> None:
         """Give up one replica, if there is more than one, for a version that is to take over.
 

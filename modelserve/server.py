@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import warnings
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -22,12 +23,23 @@ from modelserve.asking import Askers, answered
 from modelserve.caching import PredictionCache
 from modelserve.config import ModelOptions, Settings
 from modelserve.enrich import enricher_of
-from modelserve.errors import ConfigError, DeadlineExceeded, InferenceFailed, InvalidInput, NotReady, in_words
+from modelserve.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    ForkedServer,
+    InferenceFailed,
+    InvalidInput,
+    NotReady,
+    NotRunning,
+    NotRunningState,
+    in_words,
+)
 from modelserve.events import Observer, Observers, Served
 from modelserve.ids import uuid7_source
 from modelserve.keeper import ModelStatus
 from modelserve.live import Live
 from modelserve.loading import LoadedVersion, Loader
+from modelserve.loops import elsewhere
 from modelserve.monitor.metrics import Counted
 from modelserve.monitor.watch import Watch
 from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
@@ -68,7 +80,8 @@ class AsyncModelServer:
     add to it; False for none. ``log_key`` makes the hashes of inputs in it keyed ones. ``metrics`` counts for
     ``GET /metrics``; host processes that share a ``metrics_dir`` answer with the sum of all.
 
-    Use it as ``async with AsyncModelServer(registry) as server``. All of it belongs to the loop that started it.
+    Use it as ``async with AsyncModelServer(registry) as server``. It lives in the loop that started it; calls from the
+    loops of other threads are answered there.
     """
 
     def __init__(
@@ -121,6 +134,8 @@ class AsyncModelServer:
         self._executors: tuple[Executor, ...] = ()
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._otherwise: NotRunningState = "not started"  # its state while there is no task
+        self._warned = False
         self.new_request_id: Callable[[], str] = uuid7_source()
 
     @classmethod
@@ -186,6 +201,9 @@ class AsyncModelServer:
         ``where`` says how an ``InvalidInput`` names row ``i``: ``"instances[{}]"``, or ``""`` for no prefix.
         """
         live = self._live_now()
+        if self._loop is not asyncio.get_running_loop():
+            answering = self.answer(model_name, instances, where, request_id, version, timeout_ms)
+            return await self._at_home(answering)
         arrived = perf_counter()
         request_id = _checked_id(request_id) if request_id else self.new_request_id()
         with live[model_name].choose(version) as target:
@@ -257,6 +275,25 @@ class AsyncModelServer:
         status = self.status()
         return self._closing is None and bool(status) and all(model.ready for model in status)
 
+    @property
+    def state(self) -> NotRunningState | Literal["running"]:
+        """Where the server itself stands."""
+        if self._closing is not None:
+            return "closing"
+        if self._opening is None:
+            return self._otherwise
+        return "running" if self._opening.done() else "starting"
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether it is started, in the event loop that runs this."""
+        return self.state == "running" and self._loop is asyncio.get_running_loop()
+
+    @property
+    def home(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that it was started in; None while it is not started."""
+        return None if self._opening is None else self._opening.get_loop()
+
     def loaded(self, model_name: str) -> LoadedVersion:
         """Return the version that answers a model's requests now. Raises ``ModelNotFound``, ``NotReady``."""
         return self._live_now()[model_name].production
@@ -304,9 +341,13 @@ class AsyncModelServer:
 
         Callers share one start. One that is cancelled leaves it running; :meth:`close` ends it.
         """
+        if self._is_away():
+            await self._at_home(self.start())
+            return
         if self._closing is not None:
             await asyncio.shield(self._closing)
         if self._opening is None:
+            self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
             self._opening = asyncio.create_task(self._open(), name="modelserve-open")
         opening = self._opening
         await asyncio.wait([opening])
@@ -316,16 +357,44 @@ class AsyncModelServer:
 
     async def close(self) -> None:
         """Refuse new requests, answer the ones in flight, free everything. Safe to call twice, also at once."""
+        if self._is_away():
+            await self._at_home(self.close())
+            return
         if self._opening is None:
             return
-        if self._opening.get_loop() is not asyncio.get_running_loop() and self._opening.get_loop().is_running():
-            raise RuntimeError("close() was called in another event loop than the one that the server was started in")
         if self._closing is None:
             self._closing = asyncio.create_task(self._shut(self._opening), name="modelserve-close")
         await asyncio.shield(self._closing)
 
+    def _is_away(self) -> bool:
+        """Whether it lives in another loop. One that has ended without closing it leaves nothing that could be used."""
+        home = self.home
+        if home is None or home is asyncio.get_running_loop():
+            return False
+        if not home.is_running():
+            self._abandon()
+            return False
+        return True
+
+    async def _at_home(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._pid != os.getpid():
+            work.close()
+            raise ForkedServer(self._pid, os.getpid())
+        return await elsewhere(self._loop, work)
+
+    def _abandon(self) -> None:
+        _log.error("lost: the event loop of the server has ended before close(); requests on their way got no answer")
+        if self._live is not None:
+            self._live.abandon()
+        self._watch.stop_observing()
+        if self._cache is not None:
+            self._cache.close()
+        for executor in self._executors:
+            executor.shutdown(wait=False)
+        self._live = self._predictions = self._cache = self._opening = self._closing = None
+        self._otherwise = "closed"
+
     async def _open(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
         self.new_request_id = uuid7_source()  # again, after any fork
         self._sql = Askers(2, "modelserve-sql")
@@ -369,6 +438,7 @@ class AsyncModelServer:
             await self._release()
         finally:
             self._opening = self._closing = None
+            self._otherwise = "closed"
 
     async def _release(self) -> None:
         """Free everything, one after the other, whichever of it fails: an adapter can be anybody's code."""
@@ -421,11 +491,18 @@ class AsyncModelServer:
             _warn(f"{type(self).__name__} was dropped without close()", ResourceWarning, source=self, stacklevel=2)
 
     def _live_now(self) -> Live:
-        if self._closing is not None:
-            raise NotReady("the server is closing")
-        if self._live is None:
-            raise NotReady("the server is not started: use it as a context manager, or call start()")
+        if self._live is None or self._closing is not None:
+            raise self._not_running()
         return self._live
+
+    def _not_running(self) -> NotRunning:
+        state = self.state
+        assert state != "running"
+        error = NotRunning(state)
+        if state == "not started" and not self._warned:
+            self._warned = True  # once: the errors say it every time
+            _log.warning("unavailable: %s", error)
+        return error
 
     def _open_loader(self) -> Loader:
         self._cache = DiskCache(

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import atexit
-import contextlib
-import os
-import sys
-import threading
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar
 
 from modelserve.artifacts import DOWNLOAD_LIMIT_S
 from modelserve.config import ModelOptions, Settings
-from modelserve.errors import ConfigError, ForkedServer, NotReady
-from modelserve.execution import stack
 from modelserve.keeper import ModelStatus
+from modelserve.loops import PrivateLoop
 from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
 from modelserve.registry import Registry
 from modelserve.server import AsyncModelServer, from_settings
@@ -69,10 +61,7 @@ class ModelServer:
             metrics=metrics,
             metrics_dir=metrics_dir,
         )
-        self._gate = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._pid = 0
+        self._home = PrivateLoop(self.core.close)
 
     @classmethod
     def from_config(cls, path: str | Path | None = None, **overrides: Any) -> Self:
@@ -128,33 +117,15 @@ class ModelServer:
     @property
     def started(self) -> bool:
         """Whether this process has started it."""
-        return self._loop is not None and self._pid == os.getpid()
+        return self._home.is_open
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine of the core on the private loop and wait for it."""
-        try:
-            future = self._hand_over(work)
-        except Exception:
-            work.close()
-            raise
-        try:
-            return future.result()
-        except CancelledError:
-            raise NotReady("the server was closed") from None
-        except BaseException:
-            future.cancel()  # the caller was interrupted, or has its error already
-            raise
+        return self._home.call(work)
 
     def start(self) -> None:
-        """Start the private loop and load what is wanted; returns when that is done, also if another thread began it.
-
-        Raises ``ConfigError`` where gevent has patched only a part of what the loop needs.
-        """
-        self._refuse_forked()
-        _refuse_half_patched()
-        with self._gate:
-            if self._loop is None:
-                self._start_loop()
+        """Start the private loop and load what is wanted; returns when that is done, whichever thread began it."""
+        self._home.open()
         try:
             self.call(self.core.start())
         except BaseException:
@@ -163,36 +134,7 @@ class ModelServer:
 
     def close(self) -> None:
         """Answer what is in flight, free everything, end the loop. Safe to call twice, and in a forked copy."""
-        if not self.started:
-            return
-        with contextlib.suppress(NotReady):  # another thread closed it first
-            self.call(self.core.close())
-        with self._gate:
-            loop, self._loop = self._loop, None
-            if loop is not None:
-                loop.call_soon_threadsafe(loop.stop)
-        if self._thread is not None:
-            self._thread.join()
-        atexit.unregister(self.close)
-
-    def _hand_over(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Give work to the loop. Under the gate, so that none is given to a loop that was told to stop."""
-        self._refuse_forked()
-        with self._gate:
-            if self._loop is None:
-                raise NotReady("the server is not started: use it as a context manager, or call start()")
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def _start_loop(self) -> None:
-        loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=_run, args=(loop,), name="modelserve", daemon=True)
-        stack.start(self._thread)
-        self._loop, self._pid = loop, os.getpid()
-        atexit.register(self.close)
-
-    def _refuse_forked(self) -> None:
-        if self._loop is not None and self._pid != os.getpid():
-            raise ForkedServer(self._pid, os.getpid())
+        self._home.close()
 
     def __enter__(self) -> Self:
         self.start()
@@ -202,21 +144,3 @@ class ModelServer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _refuse_half_patched() -> None:
-    """Refuse a host in which a thread would wait for greenlets that do not run there, or a greenlet would stop all."""
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is None:
-        return
-    left = [name for name in _GREEN if not monkey.is_module_patched(name)]
-    if left and len(left) < len(_GREEN):
-        raise ConfigError(
-            f"gevent has patched other modules, but not {', '.join(left)}: call gevent.monkey.patch_all() without "
-            f"exceptions and before other imports, or leave all of {', '.join(_GREEN)} unpatched"
-        )
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        runner.get_loop().run_forever()

@@ -116,7 +116,7 @@ def test_a_forked_copy_of_a_started_server_says_so(registry: ms.Registry, tmp_pa
         tmp_path,
     )
     assert result.returncode == 0, result.stderr
-    assert "ForkedServer this ModelServer was started in process" in result.stdout
+    assert "ForkedServer this server was started in process" in result.stdout
     assert "start it after the fork" in result.stdout
     assert "1001" in result.stdout
 

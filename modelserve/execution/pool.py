@@ -133,6 +133,12 @@ class Pool:
         await self._batcher.close()
         await asyncio.gather(*(seat.close() for seat in (*self._seats, *self._leaving)))
 
+    def abandon(self) -> None:
+        """Give up the replicas without the loop, which has ended."""
+        for seat in (*self._seats, *self._leaving):
+            with contextlib.suppress(RuntimeError):  # what would wake the loop; by then the replica has been given up
+                seat.kill("its event loop has ended")
+
     async def confine(self, replicas: int) -> None:
         """Have at most so many replicas until :meth:`release`; return when the others have finished and are freed.
 

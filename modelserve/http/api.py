@@ -45,7 +45,7 @@ class Api:
         """Answer one request."""
         request_id = request.request_id or self._server.new_request_id()
         try:
-            path = request.path
+            path = request.path.removesuffix("/")  # some routers add one
             if path.startswith("/predict/") and self._predicts:
                 return await self._predict(request, path[9:], request_id)
             if path.startswith("/models/") and self._describes:

@@ -9,6 +9,7 @@ from modelserve.http.api import Api, clean_request_id
 from modelserve.http.messages import Request, Response
 from modelserve.http.problems import HttpProblem, problem_response
 from modelserve.http.routes import Routes
+from modelserve.http.starting import Starter
 from modelserve.server import AsyncModelServer
 from modelserve.signature import MAX_BODY_BYTES
 
@@ -29,7 +30,8 @@ class AsgiFace:
     """Answers HTTP with a server's predictions.
 
     With ``otherwise`` it stands in front of that app and takes only what lies under ``prefix``; everything else,
-    the lifespan included, is the host's. Without, it starts and stops the server through the lifespan protocol.
+    the lifespan included, is the host's. Without, or if the host has no lifespan, it starts and stops the server
+    through the lifespan protocol. A server that has not been started by then is started by the first request.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class AsgiFace:
             raise TypeError(msg)
         self._server = server
         self._api = Api(server, routes)
+        self._started = Starter(server)
         self._prefix = f"/{prefix.strip('/')}" if prefix.strip("/") else ""
         self._otherwise = otherwise
         self._max_body_bytes = max_body_bytes
@@ -57,10 +60,10 @@ class AsgiFace:
             if path is not None:
                 await self._answer(scope, path, root, receive, send)
                 return
-        if self._otherwise is not None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+        elif self._otherwise is not None:
             await self._otherwise(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
         else:
@@ -82,12 +85,14 @@ class AsgiFace:
         method = "GET" if head else scope["method"]
         try:
             body = await self._body(receive, length)
+            if not self._server.runs_here and path != "/health/live":  # a process that loads its models is alive
+                await self._started()
             query = scope.get("query_string", b"")
             response = await self._api(Request(method, path, body, content_type, request_id, root, query))
-        except HttpProblem as problem:
-            response = problem_response(problem, request_id)
         except _Disconnected:
             return
+        except Exception as error:  # noqa: BLE001  # a body that is refused, or a start that failed
+            response = problem_response(error, request_id)
         await _send(send, response, head=head)
 
     async def _body(self, receive: Receive, length: int) -> bytes:
@@ -120,7 +125,11 @@ class AsgiFace:
         detail = f"the body is larger than {self._max_body_bytes} bytes"
         return HttpProblem(413, "content-too-large", detail, connection="close")
 
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._otherwise is None or not await _takes_lifespan(self._otherwise, scope, receive, send):
+            await self._own_lifespan(receive, send)
+
+    async def _own_lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         try:
             await self._server.start()
@@ -131,6 +140,23 @@ class AsgiFace:
         await receive()
         await self._server.close()
         await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _takes_lifespan(host: App, scope: Scope, receive: Receive, send: Send) -> bool:
+    """Run the host's lifespan; say whether it has one. One that has none (Django) raises or returns at once."""
+    taken = False
+
+    async def taking() -> MutableMapping[str, Any]:
+        nonlocal taken
+        taken = True
+        return await receive()
+
+    try:
+        await host(scope, taking, send)
+    except Exception:
+        if taken:
+            raise
+    return taken
 
 
 def _below(prefix: str, path: str) -> str | None:
@@ -184,7 +210,7 @@ def asgi(
 ) -> AsgiFace:
     """Return a server's ASGI app.
 
-    ``app.mount("/ml", ms.asgi(server))`` mounts it (the host's lifespan starts the server);
+    ``app.mount("/ml", ms.asgi(server))`` mounts it (the host's lifespan starts the server, or else the first request);
     ``ms.asgi(server, prefix="/ml", otherwise=app)`` answers its prefix before the host's middleware costs anything;
     ``uvicorn module:app`` with ``app = ms.asgi(server)`` serves it alone. Bodies over ``max_body_bytes`` get a 413.
     ``routes="predict"``, or several of ``predict``, ``models``, ``health``, ``openapi`` and ``metrics``, answers these

@@ -33,6 +33,7 @@ _KINDS: Final[dict[type[Exception], tuple[int, str, str | None]]] = {
     errors.NotFound: (404, "not-found", None),
     errors.Conflict: (409, "conflict", None),
     errors.Overloaded: (503, "overloaded", None),
+    errors.NotRunning: (503, "not-ready", None),
     errors.NotReady: (503, "not-ready", "no version of this model is ready to answer"),
     errors.Unavailable: (503, "unavailable", "a system behind this service does not answer"),
     errors.DeadlineExceeded: (504, "deadline-exceeded", None),

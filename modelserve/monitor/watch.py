@@ -93,11 +93,15 @@ class Watch:
         if self._exporter is not None:
             self._counts.close(models)
 
-    async def stop(self) -> None:
-        """Write what is left. Called when the last request was answered."""
+    def stop_observing(self) -> None:
+        """Count and note nothing more."""
         for unsubscribe in self._subscriptions:
             unsubscribe()
         self._subscriptions.clear()
+
+    async def stop(self) -> None:
+        """Write what is left. Called when the last request was answered."""
+        self.stop_observing()
         if self._log is not None:
             await self._log.stop()
         if self._exporter is not None:

@@ -259,7 +259,8 @@ def frame_of(inputs: Mapping[str, Any]) -> pd.DataFrame:
 def uvicorn_serving(app: App, **options: Any) -> Iterator[tuple[str, int]]:
     """Serve an app by uvicorn in a thread; give its address once it has started."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, ws="none", lifespan="on", timeout_graceful_shutdown=5, **options)
+    options = {"lifespan": "on"} | options
+    config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=5, **options)
     server = _Uvicorn(config)
     thread = threading.Thread(target=server.run, args=([listener],), name="uvicorn")
     thread.start()

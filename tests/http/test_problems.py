@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import logging
@@ -15,7 +16,8 @@ from sklearn.preprocessing import FunctionTransformer
 
 import modelserve as ms
 from modelserve import errors
-from modelserve.http.messages import Response
+from modelserve.http.api import Api
+from modelserve.http.messages import Request, Response
 from modelserve.http.problems import HttpProblem, problem_response
 from tests.http import functions
 from tests.http.driver import Answer, Caller, Subject, asgi_caller, call_wsgi, predict, predict_many, secrets_in
@@ -43,6 +45,7 @@ FOR_THE_CLIENT: list[tuple[Exception, int, str, str]] = [
     (errors.VersionNotFound("churn", None), 404, "not-found", "model 'churn' has no production version"),
     (errors.JobNotFound("7"), 404, "not-found", "no batch job '7'"),
     (errors.InvalidTransition("churn", "2", "it is archived"), 409, "conflict", "churn 2: it is archived"),
+    (errors.NotRunning("closing"), 503, "not-ready", "the server is closing"),
     (errors.Overloaded("the queue is full", 0.5), 503, "overloaded", "the queue is full; try again in 0.5 s"),
     (errors.DeadlineExceeded(0.2), 504, "deadline-exceeded", "not answered within 200 ms"),
     (HttpProblem(418, "teapot", "short and stout"), 418, "teapot", "short and stout"),
@@ -219,12 +222,31 @@ def _through(app: Any) -> Caller:
     return lambda method, path, body=b"", headers=(): call_wsgi(app, method, path, body, headers)
 
 
-def test_a_server_that_is_not_started(registry: ms.Registry, server: ms.ModelServer, tmp_path: Path) -> None:
-    """Before the start and after the end, predictions and readiness are a 503, and the process is alive."""
-    core = ms.AsyncModelServer(registry, cache_dir=tmp_path / "cache")
-    call = asgi_caller(server, ms.asgi(core))
-    assert predict(call, "tiles", {}).problem()["type"] == "urn:modelserve:problem:not-ready"
-    assert call("GET", "/health/ready").status == 503
-    assert call("GET", "/health/live").status == 200
-    assert call("GET", "/models").json() == {"models": []}
-    assert call("GET", "/openapi.json").status == 200
+def test_a_server_that_does_not_run(registry: ms.Registry, tmp_path: Path) -> None:
+    """Before the start and after the end, a problem says so; for as long the process is alive and not ready."""
+    core = ms.AsyncModelServer(registry, {"tiles": ms.ModelOptions()}, cache_dir=tmp_path / "cache")
+
+    def ask(method: str, path: str) -> Answer:
+        response = asyncio.run(Api(core)(Request(method, path, b'{"inputs": {"x": []}}', "application/json", None, "")))
+        return Answer(
+            response.status,
+            {"content-length": str(len(response.body)), "content-type": response.content_type},
+            response.body,
+        )
+
+    for said in ("the server was not started: enter it", "the server was closed"):
+        problem = ask("POST", "/predict/tiles").problem()
+        assert (problem["status"], problem["type"]) == (503, "urn:modelserve:problem:not-ready")
+        assert problem["detail"].startswith(said)
+        assert [ask("GET", path).status for path in ("/health/ready", "/health/live", "/openapi.json")] == [
+            503,
+            200,
+            200,
+        ]
+        assert ask("GET", "/models").json() == {"models": []}
+        asyncio.run(_start_and_close(core))
+
+
+async def _start_and_close(core: ms.AsyncModelServer) -> None:
+    async with core:
+        assert core.ready
