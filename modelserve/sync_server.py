@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from modelserve.artifacts import DOWNLOAD_LIMIT_S
 from modelserve.config import ModelOptions, Settings
@@ -17,7 +17,6 @@ from modelserve.server import AsyncModelServer, from_settings
 from modelserve.types import LogStatus, Prediction
 
 T = TypeVar("T")
-_GREEN: Final = ("threading", "queue", "select", "subprocess")  # all of them gevent's, or none
 
 
 class ModelServer:

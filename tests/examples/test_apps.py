@@ -32,29 +32,31 @@ APPS = {
     "fastapi": ["-m", "uvicorn", "examples.fastapi_app.app:app", "--port", "PORT", "--log-level", "warning"],
     "flask": ["-m", "gunicorn", "-c", "examples/flask_app/gunicorn.conf.py", "--log-level", "warning",
               "-b", "127.0.0.1:PORT", "examples.flask_app.app:app"],
+    "django-uvicorn": ["-m", "uvicorn", "examples.django_app.asgi:application", "--port", "PORT",
+                       "--log-level", "warning"],
+    "django-hypercorn": ["-m", "hypercorn", "examples.django_app.asgi:application", "-b", "127.0.0.1:PORT",
+                         "--log-level", "warning"],
+    "django-gunicorn": ["-m", "gunicorn", "-c", "examples/django_app/gunicorn.conf.py", "--log-level", "warning",
+                        "-b", "127.0.0.1:PORT", "examples.django_app.wsgi:application"],
 }  # fmt: skip
 
 
-@pytest.fixture(params=sorted(APPS))
-def app(request: pytest.FixtureRequest) -> list[str]:
-    """The command line of each application."""
-    return APPS[request.param]
-
-
 @pytest.mark.timeout(180)
+@pytest.mark.parametrize("app", APPS)
 def test_an_application_serves_its_mounted_face_and_its_own_route(
-    serve: Serve, app: list[str], flights_registry: ms.Registry
+    serve: Serve, app: str, flights_registry: ms.Registry
 ) -> None:
     """Both ways give the model's answer, errors are problems, and a promotion elsewhere is served by every worker."""
-    with serve(app) as client:
-        _answers_right(client)
-        _refuses_clearly(client)
+    own = "/sync/flights/delay" if app == "django-gunicorn" else "/flights/delay"
+    with serve(APPS[app]) as client:
+        _answers_right(client, own)
+        _refuses_clearly(client, own)
         _follows_a_promotion(client, flights_registry)
 
 
-def _answers_right(client: httpx.Client) -> None:
+def _answers_right(client: httpx.Client, route: str) -> None:
     mounted = client.post(PREDICT, json={"inputs": FLIGHT}).json()
-    own = client.post("/flights/delay", json=FLIGHT).json()
+    own = client.post(route, json=FLIGHT).json()
     assert mounted["model_version"] == own["model_version"] == "1.0.0"
     assert mounted["prediction"][1] == pytest.approx(own["probability"])
     assert sum(mounted["prediction"]) == pytest.approx(1)
@@ -62,11 +64,11 @@ def _answers_right(client: httpx.Client) -> None:
     assert [row == pytest.approx(mounted["prediction"]) for row in many["predictions"]] == [True] * 3
 
 
-def _refuses_clearly(client: httpx.Client) -> None:
+def _refuses_clearly(client: httpx.Client, route: str) -> None:
     bad = client.post(PREDICT, json={"inputs": FLIGHT | {"hour": "five"}})
     assert (bad.status_code, bad.json()["field"]) == (422, "inputs.hour")
     assert bad.headers["content-type"] == "application/problem+json"
-    own = client.post("/flights/delay", json=FLIGHT | {"hour": 1.5})
+    own = client.post(route, json=FLIGHT | {"hour": 1.5})
     assert own.status_code == 422
     assert client.get("/ml/models").json()["models"][0]["name"] == flights.MODEL
     assert f"/predict/{flights.MODEL}" in client.get("/ml/openapi.json").json()["paths"]
