@@ -98,7 +98,7 @@ async def _one(server: ms.AsyncModelServer, due: float, seen: Seen) -> None:
         await server.predict("m", ROWS)
     except ms.Overloaded as error:
         seen.refusals.append(time.perf_counter() - began)
-        seen.retry_after.append(error.retry_after)
+        seen.retry_after.append(error.retry_after or 0.0)
     except ms.ModelServeError as error:
         seen.errors[type(error).__name__] += 1
     else:

@@ -131,11 +131,15 @@ class Unavailable(ModelServeError):
 
 
 class Overloaded(Unavailable):
-    """The queue is full, or the deadline cannot be met. Try again after ``retry_after`` seconds."""
+    """The queue is full, or the deadline cannot be met. Try again after ``retry_after`` seconds.
 
-    def __init__(self, problem: str, retry_after: float) -> None:
-        super().__init__(f"{problem}; try again in {retry_after:.3g} s")
+    None says that waiting does not help: the model needs longer for the request than its time limit, even alone.
+    """
+
+    def __init__(self, problem: str, retry_after: float | None) -> None:
+        super().__init__(problem if retry_after is None else f"{problem}; try again in {retry_after:.3g} s")
         self.retry_after = retry_after
+        self.retryable = retry_after is not None
 
 
 class NotReady(Unavailable):
@@ -159,13 +163,21 @@ class BackendUnavailable(Unavailable):
 
 
 class DeadlineExceeded(ModelServeError):
-    """The request was not answered within its time limit (``timeout_s`` seconds)."""
+    """The request was not answered within its time limit (``timeout_s`` seconds).
+
+    ``needed_s`` is what the model takes for it at least; if that is more than the limit, no retry helps.
+    """
 
     retryable = True
 
-    def __init__(self, timeout_s: float) -> None:
-        super().__init__(f"not answered within {timeout_s * 1000:.0f} ms")
+    def __init__(self, timeout_s: float, needed_s: float = 0.0) -> None:
+        late = f"not answered within {timeout_s * 1000:.0f} ms"
+        if needed_s > timeout_s:
+            late += f": the model takes about {needed_s:.3g} s for this alone; raise timeout_ms"
+            self.retryable = False
+        super().__init__(late)
         self.timeout_s = timeout_s
+        self.needed_s = needed_s
 
 
 class ExecutionError(ModelServeError):

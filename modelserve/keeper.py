@@ -73,7 +73,8 @@ class ModelStatus:
     ``wanted`` and ``applied`` are generations: the one last read, and the one served. ``target`` is the version wanted
     in production, ``production`` the one that answers; they differ while the former loads, or when it was refused.
     ``pool`` is the one of the latter. ``stale`` says since when the registry has not confirmed what is served: the time
-    of the first look at which it could not be read, or of the snapshot that this server started from.
+    of the first look at which it could not be read, or of the snapshot that this server started from. ``warnings`` are
+    what of the model's options cannot work, by what its warm-up took.
     """
 
     model_name: str
@@ -88,6 +89,7 @@ class ModelStatus:
     queue_depth: int
     pool: PoolStatus | None
     stale: dt.datetime | None = None
+    warnings: tuple[str, ...] = ()
 
 
 _Identity: TypeAlias = tuple[int, str, str, dt.datetime]
@@ -205,6 +207,7 @@ class Keeper:
             queue_depth=now.production.pool.queue_depth if now else 0,
             pool=now.production.pool.status() if now else None,
             stale=since if now else None,
+            warnings=now.production.warnings if now else (),
         )
 
     async def stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -26,6 +27,7 @@ from modelserve.execution.pool import Pool, PoolOptions
 from modelserve.execution.process import ProcessReplica, WorkerSpec
 from modelserve.execution.seat import Infer
 from modelserve.execution.thread import ThreadReplica
+from modelserve.feasibility import misfits
 from modelserve.features.plan import FeaturePlan, Pending, plan_of
 from modelserve.memory import Memory, needed
 from modelserve.ports import Model, Replica, TrustedKey
@@ -34,6 +36,7 @@ from modelserve.signature import Signature
 from modelserve.signature.digest import input_digest
 from modelserve.types import Artifact, Json, ModelVersion, Row, Runtime
 
+_log = logging.getLogger("modelserve")
 _WARM_UP_LIMIT_S: Final = 60.0
 _SLOW_BATCH_S: Final = 0.25  # larger buckets of a model this slow would delay the swap more than they warm
 _WARM_UP_RUNS: Final = 3
@@ -66,6 +69,7 @@ class LoadedVersion:
         "request_key",
         "signature",
         "timeout_s",
+        "warnings",
     )
 
     def __init__(
@@ -78,6 +82,7 @@ class LoadedVersion:
         *,
         before: LoadedVersion | None = None,
         plan: FeaturePlan | None = None,
+        warnings: Sequence[str] = (),
     ) -> None:
         self.meta = meta
         self.options = options
@@ -85,6 +90,8 @@ class LoadedVersion:
         self.plan = plan
         self.pool = pool
         self.timeout_s = options.timeout_ms / 1000
+        self.warnings = tuple(warnings)
+        """What of its options cannot work."""
         self.cache_ttl_s = options.cache_ttl_s
         self._digest = input_digest(meta, signature.canonical)
         self.request_key = None if plan is None or options.cache_key == "merged" else _request_key(meta, plan)
@@ -222,15 +229,25 @@ class Loader:
             try:
                 proof = Proof(signature, example, largest_batch=options.batch_rows, padded=options.pad_batches)
                 await _start(pool, proof, before)
+                warnings = await self._misfits(meta, options, pool)
             except BaseException:
                 await asyncio.shield(_discard(pool, leases.pop_all()))
                 raise
-            return LoadedVersion(meta, options, signature, pool, leases.pop_all(), before=before, plan=plan)
+            kept = leases.pop_all()
+            return LoadedVersion(meta, options, signature, pool, kept, before=before, plan=plan, warnings=warnings)
+
+    async def _misfits(self, meta: ModelVersion, options: ModelOptions, pool: Pool) -> tuple[str, ...]:
+        """Say in the log what of the options cannot work with this model on this machine."""
+        _, taken = await self._run(self._look_at_memory, _pids(pool))
+        each, total = max(meta.artifact.size, taken or 0), await self._run(self._memory.total)
+        found = misfits(options, pool.measured, replica_bytes=each, memory_bytes=total)
+        for sentence in found:
+            _log.warning("misconfigured: %s %s: %s", meta.model_name, meta.version, sentence)
+        return found
 
     async def _require_memory(self, meta: ModelVersion, options: ModelOptions, beside: LoadedVersion) -> None:
         """Refuse a version that would have the process, or its neighbours, killed for memory."""
-        pids = [each.detail.get("pid") for each in beside.pool.status().replicas]
-        free, taken = await self._run(self._look_at_memory, [pid for pid in pids if pid is not None])
+        free, taken = await self._run(self._look_at_memory, _pids(beside.pool))
         each = needed(size=meta.artifact.size, before=beside.meta.artifact.size, taken=taken)
         replicas = options.replica_range[0]
         if free is not None and replicas * each > free:
@@ -265,6 +282,11 @@ class Loader:
 
     async def _run(self, call: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
+
+
+def _pids(pool: Pool) -> list[int]:
+    pids = [each.detail.get("pid") for each in pool.status().replicas]
+    return [pid for pid in pids if pid is not None]
 
 
 def _pool_for(

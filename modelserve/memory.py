@@ -29,6 +29,11 @@ class Memory:
         known = [*self._left_by_groups(), *_amounts(self._proc / "meminfo", "MemAvailable:")]
         return max(0, min(known)) if known else None
 
+    def total(self) -> int | None:
+        """Return how many bytes there are, used or not: what the control groups allow of what the machine has."""
+        known = [*self._limits_of_groups(), *_amounts(self._proc / "meminfo", "MemTotal:")]
+        return min(known) if known else None
+
     def taken_by(self, pid: int) -> int | None:
         """Return the bytes that a process has for itself, without the files it maps; None where that is not told."""
         status = self._proc / str(pid) / "status"
@@ -40,6 +45,11 @@ class Memory:
             with contextlib.suppress(OSError, ValueError):  # no such limit ("max"), or no such group
                 limit = int(_read(group / "memory.max"))
                 yield limit - int(_read(group / "memory.current")) + _of_files(_read(group / "memory.stat"))
+
+    def _limits_of_groups(self) -> Iterator[int]:
+        for group in self._groups():
+            with contextlib.suppress(OSError, ValueError):
+                yield int(_read(group / "memory.max"))
 
     def _groups(self) -> Iterator[Path]:
         """Give the control group of this process and those around it; inside a container, the container's."""

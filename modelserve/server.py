@@ -232,7 +232,7 @@ class AsyncModelServer:
                     results, cached = await target.pool.submit(rows, deadline), ()
                 values = _values(results)
             except DeadlineExceeded as error:  # it tells of what was left when the last part of the way began
-                late = DeadlineExceeded(limit_s)
+                late = DeadlineExceeded(limit_s, target.pool.at_least(len(instances)))
                 self._served(target, request_id, len(instances), arrived, rows, degraded, error=late)
                 raise late from error
             except (Exception, asyncio.CancelledError) as error:

@@ -53,7 +53,11 @@ def test_messages_are_built_from_the_data() -> None:
     nested = errors.InvalidInput("age", "missing").within("instances[3]")
     assert (nested.field, nested.problem) == ("instances[3].age", "missing")
     assert "try again in 0.25 s" in str(errors.Overloaded("the queue is full", 0.25))
-    assert "250 ms" in str(errors.DeadlineExceeded(0.25))
+    assert str(errors.Overloaded("too late", None)) == "too late"
+    assert str(errors.DeadlineExceeded(0.25, needed_s=0.2)) == "not answered within 250 ms"
+    hopeless = errors.DeadlineExceeded(1.0, needed_s=1.5)
+    assert str(hopeless) == "not answered within 1000 ms: the model takes about 1.5 s for this alone; raise timeout_ms"
+    assert (hopeless.retryable, errors.DeadlineExceeded(1.0).retryable) == (False, True)
     assert "pip install 'modelserve[sklearn]'" in str(errors.MissingDependency("skops", "sklearn"))
     assert "no production version" in str(errors.VersionNotFound("churn", None))
     corrupt = errors.ArtifactCorrupt("blobs/x", "aa", "bb")

@@ -229,9 +229,12 @@ async def test_a_cancelled_load_leaves_nothing_behind(loader: Loader, registry: 
 class LittleMemory(Memory):
     """Tells what a test says."""
 
-    def __init__(self, available: int | None, taken: int | None = None) -> None:
+    def __init__(self, available: int | None, taken: int | None = None, total: int | None = None) -> None:
         super().__init__()
-        self._figures = available, taken
+        self._figures = available, taken, total
+
+    def total(self) -> int | None:
+        return self._figures[2]
 
     def available(self) -> int | None:
         return self._figures[0]
@@ -403,6 +406,23 @@ async def test_a_version_that_memory_has_no_room_for_is_refused(loader: Loader, 
     await (await short.load(second, replacing, beside=first)).unload()
     await (await short.load(second, options)).unload()
     await first.unload()
+
+
+async def test_options_that_cannot_work_are_said_after_the_warm_up(
+    loader: Loader, registry: ms.Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning has the option and what was measured; the version serves all the same, and keeps them to be shown."""
+    version = registry.get("m", "1")
+    fits = await loader.load(version, ModelOptions())
+    assert (fits.warnings, caplog.messages) == ((), [])
+    options = ModelOptions(slo_ms=1e-6, queue_limit=8, max_batch_size=16, replicas=2)
+    little = Loader(loader._store, loader._cache, loader._executor, memory=LittleMemory(None, None, total=10))
+    loaded = await little.load(version, options)
+    assert [each.partition("=")[0] for each in loaded.warnings] == ["slo_ms", "max_batch_size", "replicas"]
+    assert caplog.messages == [f"misconfigured: m 1: {each}" for each in loaded.warnings]
+    assert await answers(loaded) == 1
+    for each in (fits, loaded):
+        await each.unload()
 
 
 async def test_the_estimate_is_what_the_workers_of_the_present_version_take(

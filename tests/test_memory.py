@@ -56,10 +56,19 @@ def test_the_tightest_limit_around_the_process_counts(system: Path) -> None:
     assert memory(system).available() == 0
 
 
+def test_all_that_there_is_counts_what_is_used(system: Path) -> None:
+    """The total is the machine's, or the tightest limit around the process, whatever is taken of it."""
+    assert memory(system).total() == 1000 * MB
+    limit(system, "pods/mine", 500 * MB, current=450 * MB)
+    limit(system, "pods", "max", current=600 * MB)
+    assert memory(system).total() == 500 * MB
+
+
 def test_where_nothing_is_told_nothing_is_known(tmp_path: Path) -> None:
     """No such files, as on macOS, or files of another form give no figure and no error."""
     assert memory(tmp_path).available() is None
     assert memory(tmp_path).taken_by(1) is None
+    assert memory(tmp_path).total() is None
     write(tmp_path / "proc" / "meminfo", "MemAvailable:\n")
     write(tmp_path / "proc" / "self" / "cgroup", "0::/../../elsewhere\n")
     limit(tmp_path, "", "many")

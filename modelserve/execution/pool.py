@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from typing import Any, Final
 
 from modelserve.errors import NotReady, Overloaded
@@ -99,6 +99,8 @@ class Pool:
         self._scaled_out = self._scaled_in = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._prove: Prove
+        self.measured: Mapping[int, float] = {}
+        """The fastest seconds of the last warm-up, by rows in the batch."""
 
     async def start(self, prove: Prove, *, replicas: int | None = None) -> None:
         """Load every replica and ``prove`` it before it takes a row.
@@ -121,7 +123,20 @@ class Pool:
         """Queue the rows of one request; see :meth:`Batcher.submit`. Raises ``NotReady`` while no replica lives."""
         if not self._batcher.runners:
             self._refuse_unless_back_by(deadline)
-        return self._batcher.submit(rows, deadline)
+        try:
+            return self._batcher.submit(rows, deadline)
+        except Overloaded as refusal:
+            needed, left = self.at_least(len(rows)), deadline - self._loop.time()
+            if needed <= left:
+                raise
+            problem = (
+                f"the model takes about {needed:.3g} s for this alone, and timeout_ms leaves {max(0.0, left):.3g} s"
+            )
+            raise Overloaded(problem, retry_after=None) from refusal
+
+    def at_least(self, rows: int) -> float:
+        """Return the seconds that a request of so many rows takes at the very least, by the warm-up."""
+        return max((seconds for size, seconds in self.measured.items() if size <= rows), default=0.0)
 
     async def stop(self) -> None:
         """Fail what waits, finish what runs, free the replicas."""
@@ -210,6 +225,7 @@ class Pool:
             return answers
 
         await self._prove(timed)
+        self.measured = fastest
         if not self._batcher.admission.cost.known:
             self._batcher.admission.seed(fastest)
 

@@ -97,6 +97,7 @@ class Api:
             _summary(status)
             | {
                 "pool": None if status.pool is None else _pool(status.pool),
+                "warnings": status.warnings,
                 "inputs": self._inputs(model_name),
             }
             | await self._versions(model_name, limit, before)

@@ -51,7 +51,8 @@ def problem_response(error: Exception, request_id: str | None = None) -> Respons
     if status == 500:  # noqa: PLR2004
         _log.error("request %s failed: %s", request_id or "?", error, exc_info=error)
     field = (error.field or None) if isinstance(error, errors.InvalidInput) else None
-    headers = {"retry-after": str(math.ceil(error.retry_after))} if isinstance(error, errors.Overloaded) else {}
+    retry_after = error.retry_after if isinstance(error, errors.Overloaded) else None
+    headers = {} if retry_after is None else {"retry-after": str(math.ceil(retry_after))}
     return _response(status, kind, fixed or str(error), request_id, field=field, headers=headers)
 
 

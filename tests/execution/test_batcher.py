@@ -271,6 +271,7 @@ def test_a_full_queue_refuses_with_a_hint(run: Callable[..., Any]) -> None:
         waiting = [batcher.submit([1], FAR), batcher.submit([2, 3], FAR)]
         with pytest.raises(Overloaded) as refusal:
             batcher.submit([4], FAR)
+        assert refusal.value.retry_after is not None
         assert refusal.value.retry_after > 0
         assert refusal.value.retryable
         await asyncio.gather(running, *waiting)

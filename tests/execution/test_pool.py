@@ -158,6 +158,30 @@ async def outcome(pool: Pool, value: float, timeout_s: float = 10.0) -> Any:
         return error
 
 
+def test_waiting_is_not_advised_where_it_cannot_help(run: Callable[..., Any]) -> None:
+    """A refusal names ``timeout_ms``, and no time to try again, where the model alone takes longer than is left."""
+
+    async def scenario() -> None:
+        world = World()
+        world.batch_s = 1.5
+        pool = world.pool()
+        await pool.start(prove)
+        assert pool.at_least(1) == pytest.approx(1.5)
+        first = asyncio.create_task(outcome(pool, 1.0, 1.0))
+        await asyncio.sleep(0.01)  # an idle pool refuses nothing
+        impossible, busy = await outcome(pool, 1.0, 1.0), await outcome(pool, 1.0, 2.0)
+        assert isinstance(await first, DeadlineExceeded)
+        assert isinstance(impossible, Overloaded)
+        assert (impossible.retry_after, impossible.retryable) == (None, False)
+        assert str(impossible) == "the model takes about 1.5 s for this alone, and timeout_ms leaves 1 s"
+        assert isinstance(busy, Overloaded)
+        assert busy.retry_after is not None
+        assert "try again" in str(busy)
+        await pool.stop()
+
+    run(scenario())
+
+
 def test_a_worker_that_dies_is_replaced_at_once(run: Callable[..., Any]) -> None:
     """One death is followed by a restart without a pause; the new worker is proven before it takes a row."""
 
@@ -398,6 +422,7 @@ def test_a_call_that_cannot_wait_for_the_restart_is_refused_with_the_time_left(r
         await asyncio.sleep(0.5)
         with pytest.raises(Overloaded) as refused:
             await ask(pool, 1.0, timeout_s=1.0)
+        assert refused.value.retry_after is not None
         assert 1.0 < refused.value.retry_after < 2.0
         assert await ask(pool, 1.0, timeout_s=5.0) == [2.0]
         await pool.stop()

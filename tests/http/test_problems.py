@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,13 @@ def test_every_error_of_ours_was_thought_of() -> None:
     assert every - seen == abstract
 
 
+def test_no_time_to_try_again_where_waiting_does_not_help() -> None:
+    """``Retry-After`` is absent then, and the sentence says what to change."""
+    answer = answer_to(errors.Overloaded("the model takes about 1.5 s for this alone, and timeout_ms leaves 1 s", None))
+    assert (answer.status, "retry-after" in answer.headers) == (503, False)
+    assert "timeout_ms" in answer.problem()["detail"]
+
+
 def test_what_derives_from_an_error_is_treated_like_it() -> None:
     """A host's or an adapter's own error has the status of the nearest one that is known."""
 
@@ -167,6 +175,24 @@ def test_a_model_that_raises(picky: ms.ModelServer, caplog: pytest.LogCaptureFix
         assert answer.problem()["detail"] == "the model failed on this input"
     assert "password" in caplog.text
     assert predict(call, "picky", {"x": [1]}).json()["prediction"] == [1.0]
+
+
+def test_a_time_limit_that_the_model_cannot_keep(tmp_path: Path) -> None:
+    """Both errors name the option and what the model takes, advise no waiting, and the model's page says it too."""
+    with ms.Registry(f"sqlite:///{tmp_path}/models.db") as registry:
+        model, trusted = FunctionTransformer(functions.take_long), ["tests.http.functions.take_long"]
+        registry.register("slow", "1", model, example=np.array([[1.0]]), method="transform", trusted=trusted)
+        registry.promote("slow", "1")
+        options = {"slow": ms.ModelOptions(timeout_ms=10)}
+        with ms.ModelServer(registry, options, cache_dir=tmp_path / "cache", log=False) as server:
+            answer = predict(asgi_caller(server, ms.asgi(server.core)), "slow", {"x": [1]})
+            shown = asgi_caller(server, ms.asgi(server.core))("GET", "/models/slow").json()
+            (status,) = server.status()
+    assert (answer.status, "retry-after" in answer.headers) == (504, False)
+    said = r"not answered within 10 ms: the model takes about 0\.0[3-9]\d* s for this alone; raise timeout_ms"
+    assert re.fullmatch(said, answer.problem()["detail"])
+    assert shown["warnings"] == list(status.warnings)
+    assert shown["warnings"][0].startswith("timeout_ms=10 is less than the 0.0")
 
 
 def test_a_version_that_was_refused(picky: ms.ModelServer, tmp_path: Path) -> None:
