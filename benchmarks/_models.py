@@ -20,6 +20,20 @@ class Sleeper(BaseEstimator):  # type: ignore[misc]  # published without types
         return rows[:, 0]
 
 
+class Choosy(BaseEstimator):  # type: ignore[misc]  # as above
+    """Takes its time asleep, and then raises on a batch with a row below 0, as a model does on an unknown category."""
+
+    def __init__(self, fixed: float = 0.0, per_row: float = 0.0) -> None:
+        self.fixed = fixed
+        self.per_row = per_row
+
+    def predict(self, rows: Any) -> Any:
+        time.sleep(self.fixed + self.per_row * len(rows))
+        if (rows[:, 0] < 0).any():
+            raise ValueError(f"unknown category {rows[:, 0].min()}")
+        return rows[:, 0]
+
+
 class Pictures(BaseEstimator):  # type: ignore[misc]  # published without types
     """A small network on pictures of shape (3, 224, 224): patches of 16 × 16 through two dense layers, pooled."""
 

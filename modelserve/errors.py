@@ -19,6 +19,7 @@
     ├── DeadlineExceeded         retryable
     ├── ExecutionError
     │   ├── InferenceFailed
+    │   │   └── OutOfMemory      retryable
     │   └── WorkerDied           retryable
     ├── LoadError                a version cannot be taken into service
     │   ├── ArtifactCorrupt
@@ -188,6 +189,12 @@ class InferenceFailed(ExecutionError):
     """The model raised on this row, or broke the contract of one output row per input row."""
 
 
+class OutOfMemory(InferenceFailed):
+    """There was no memory to run the model on this row: a matter of the moment, and not of the row."""
+
+    retryable = True
+
+
 class WorkerDied(ExecutionError):
     """The worker that held this request died."""
 
@@ -246,6 +253,12 @@ class ForkedServer(ModelServeError):
             f"this server was started in process {started_in} and copied by fork into {used_in}, where its "
             "threads do not exist; start it after the fork (gunicorn: in post_fork, or give ms.wsgi an unstarted one)"
         )
+
+
+def failure_of(error: BaseException) -> InferenceFailed:
+    """Return what the callers of a batch get for what the model raised."""
+    kind = OutOfMemory if isinstance(error, MemoryError) else InferenceFailed
+    return kind(f"the model raised {in_words(error)}")
 
 
 def in_words(error: BaseException) -> str:

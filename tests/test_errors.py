@@ -42,7 +42,7 @@ def test_the_retryable_errors_are_the_passing_ones() -> None:
     """Only what can pass by itself is retryable."""
     names = {cls.__name__ for cls in CLASSES if cls.retryable}
     unavailable = {"Unavailable", "Overloaded", "NotReady", "NotRunning", "BackendUnavailable"}
-    expected = unavailable | {"DeadlineExceeded", "WorkerDied"}
+    expected = unavailable | {"DeadlineExceeded", "OutOfMemory", "WorkerDied"}
     assert names == expected
 
 

@@ -11,6 +11,7 @@ import math
 from typing import Final
 
 from modelserve.execution.cost import CostModel
+from modelserve.execution.grouping import Grouping
 
 # A call that arrives just after a batch has left waits for that batch and for its own. Two batches of this share
 # leave a fifth of the objective for the batches that take longer than expected, and for the way there and back.
@@ -39,6 +40,7 @@ class Admission:
         self._slo_s = slo_s
         self._adaptive = adaptive
         self._full_s = 0.0
+        self._cap = max_rows  # while batches fail
 
     def seed(self, seen: dict[int, float]) -> None:
         """Begin with the times of a warm-up, by number of rows."""
@@ -49,6 +51,12 @@ class Admission:
         """Learn from a batch that ran."""
         self.cost.observe(rows, seconds)
         self._adapt()
+
+    def restrict(self, grouping: Grouping) -> None:
+        """While batches fail, run no more rows together than it says."""
+        if grouping.failing or self._cap < self._limit:
+            self._cap = grouping.size(self.cost, self._limit)
+            self._adapt()
 
     def standing(self, seconds: float) -> bool:
         """Whether a queue that no runner has emptied for so long is overload, and not a burst."""
@@ -72,11 +80,13 @@ class Admission:
 
     def _adapt(self) -> None:
         cost = self.cost
+        self.max_rows = self._cap
         if not cost.known:
+            self.stage_rows = self._cap
             return
         if self._adaptive:
             budget = max(_BATCH_SHARE * self._slo_s, 2 * cost.seconds(1))
-            self.max_rows = max(1, int(min(self._limit, cost.rows_within(budget))))
+            self.max_rows = max(1, int(min(self._cap, cost.rows_within(budget))))
         self._full_s = cost.seconds(self.max_rows)
         efficient = cost.fixed / (_EFFICIENT * cost.per_row) if cost.per_row > 0.0 else math.inf
         self.stage_rows = max(1, int(min(self.max_rows, efficient)))

@@ -12,14 +12,15 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from modelserve.errors import InferenceFailed, Overloaded, WorkerDied
+from modelserve.errors import InferenceFailed, OutOfMemory, Overloaded, WorkerDied
 from modelserve.execution.admission import Admission
-from modelserve.execution.calls import Call, Part, error_of, fail, going, halve, items_of, scatter
-from modelserve.execution.quarantine import Quarantine
+from modelserve.execution.calls import Call, Parts, calls_of, error_of, fail, going, items_of, rows_of, scatter
+from modelserve.execution.quarantine import Care, Judgement, Quarantine
+from modelserve.execution.recovery import Recovery, Trial
 from modelserve.ports import NotRun
 from modelserve.types import BatchStats
 
@@ -40,14 +41,12 @@ _SLOW: Final = 4.0  # a batch within so many times its expected time may still e
 
 
 class _Batch(Generic[In, Out]):
-    """Parts of calls in the hands of a runner."""
+    """Rows in the hands of a runner."""
 
-    __slots__ = ("began", "parts", "rows", "running")
+    __slots__ = ("began", "rows", "running", "trial")
 
-    def __init__(
-        self, parts: list[Part[In, Out]], rows: int, began: float, running: asyncio.Future[Sequence[Out]]
-    ) -> None:
-        self.parts = parts
+    def __init__(self, trial: Trial[In, Out], rows: int, began: float, running: asyncio.Future[Sequence[Out]]) -> None:
+        self.trial = trial
         self.rows = rows
         self.began = began  # by the batcher's clock; for a staged batch: when the one before it ended
         self.running = running
@@ -56,7 +55,7 @@ class _Batch(Generic[In, Out]):
 class Lane(Generic[In, Out]):
     """A runner and the batches in its hands: the first one runs, a second may be staged behind it."""
 
-    __slots__ = ("batches", "depth", "drained", "free_at", "run")
+    __slots__ = ("batches", "convicted", "depth", "drained", "free_at", "run")
 
     def __init__(self, run: Runner[In, Out], depth: int) -> None:
         self.run = run
@@ -64,6 +63,13 @@ class Lane(Generic[In, Out]):
         self.batches: deque[_Batch[In, Out]] = deque()
         self.free_at = 0.0  # when it is expected to have ended what is in its hands, by the loop's time
         self.drained: asyncio.Future[None] | None = None
+        self.convicted = False
+        """Whether it died of an input that is refused from now on."""
+
+    @property
+    def at_risk(self) -> bool:
+        """Whether it holds a row that may end it."""
+        return any(batch.trial.deadly for batch in self.batches)
 
 
 class Batcher(Generic[In, Out]):
@@ -73,8 +79,10 @@ class Batcher(Generic[In, Out]):
     :class:`Admission`) and ``queue_limit`` the waiting items, both counted in items, not calls; a call of more items
     than a batch is split. A call that is foreseen to miss its deadline, or in a standing queue ``slo_s``, is refused.
     ``max_wait_s`` holds a partial batch back for that long, counted from its oldest call, and never longer than half
-    of any waiting call's time limit. A batch that fails with ``InferenceFailed`` is run again in halves until the item
-    at fault stands alone; one whose worker died, item by item, where ``fingerprint`` tells the same item again.
+    of any waiting call's time limit. A batch that fails with ``InferenceFailed`` is searched for the item at fault, see
+    :mod:`modelserve.execution.recovery`; one whose worker died is run again item by item, never on the last runner of
+    several that are expected. With a ``fingerprint`` an item that failed is known again for a while, and so is in any
+    case one that was there when a worker died, see :mod:`modelserve.execution.quarantine`.
     A deadline is enforced ``grid_s`` late at most: a finer grid sweeps the queue more often.
     Times are ``loop.time()``, except that the duration of batches is read from ``clock``.
     """
@@ -88,7 +96,8 @@ class Batcher(Generic[In, Out]):
         slo_s: float = math.inf,
         adaptive: bool = False,
         grid_s: float = _SWEEP_GRID_S,
-        fingerprint: Callable[[In], Hashable] = hash,
+        fingerprint: Callable[[In], Hashable] | None = None,
+        runners_expected: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -97,7 +106,6 @@ class Batcher(Generic[In, Out]):
         self._grid_s = grid_s
         self._max_wait_s = max_wait_s
         self._queue: deque[Call[In, Out]] = deque()
-        self._again: deque[list[Part[In, Out]]] = deque()  # batches of their own: what failed, and who runs alone
         self._lanes: list[Lane[In, Out]] = []
         self._idle = 0  # lanes with nothing in their hands
         self._leaving: set[Lane[In, Out]] = set()
@@ -112,7 +120,10 @@ class Batcher(Generic[In, Out]):
         self._reasons: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self.admission = Admission(max_rows=max_rows, slo_s=slo_s, adaptive=adaptive)
-        self.quarantine: Quarantine[In] = Quarantine(fingerprint, self._loop.time)
+        self.recovery: Recovery[In, Out] = Recovery()
+        self.quarantine: Quarantine[In] = Quarantine(fingerprint or hash, self._loop.time)
+        self._remembers = fingerprint is not None
+        self._runners_expected = runners_expected
         self.waiting = 0
         """Items in the queue."""
 
@@ -162,7 +173,7 @@ class Batcher(Generic[In, Out]):
         for lane in (*self._lanes, *self._leaving):
             if lane.batches:
                 batch = lane.batches[0]
-                last = max(call.deadline for call, _, _ in batch.parts)
+                last = max(call.deadline for call in calls_of(batch.trial.parts))
                 slow = _SLOW * self.admission.cost.seconds(batch.rows)
                 if now > last + grace_s and clock > batch.began + slow + grace_s:
                     found.append(lane)
@@ -174,8 +185,9 @@ class Batcher(Generic[In, Out]):
         """Queue one call; the future gives one result or exception per item, in order.
 
         The future itself fails with ``DeadlineExceeded`` once ``deadline`` has passed, run or not; cancelling it
-        takes the call out of the queue. Raises ``Overloaded`` when the queue is full or the deadline will not be met,
-        ``InferenceFailed`` for an item that is in quarantine, and ``NotReady`` after closing.
+        takes the call out of the queue. An item that is in quarantine has ``InferenceFailed`` for its result, and is
+        not run. Raises ``Overloaded`` when the queue is full or the deadline will not be met, and ``NotReady`` after
+        closing.
         """
         if self._closed:
             raise going()
@@ -185,18 +197,32 @@ class Batcher(Generic[In, Out]):
             call.settle(0, [])
         elif not deadline > now:  # over already, or no time at all (NaN)
             call.expire()
+        elif judged := self.quarantine.judge(items) if self.quarantine else {}:
+            self._separate(call, judged, now)
         else:
             self._admit(len(items), deadline, now)
-            alone = bool(self.quarantine) and self.quarantine.must_run_alone(items)
-            self._enqueue(call, alone=alone)
+            self._queue.append(call)
+            self.waiting += len(items)
+            self._await(call)
         return call.future
 
-    def _enqueue(self, call: Call[In, Out], *, alone: bool) -> None:
-        if alone:
-            self._again.extend([(call, i, i + 1)] for i in range(len(call.items)))
-        else:
-            self._queue.append(call)
-            self.waiting += len(call.items)
+    def _separate(self, call: Call[In, Out], judged: Mapping[int, Judgement], now: float) -> None:
+        """Refuse those of a call's items that are known to fail, and run the others apart."""
+        refused = {i: each for i, each in judged.items() if isinstance(each, InferenceFailed)}
+        if len(refused) < len(call.items):
+            self._admit(len(call.items) - len(refused), call.deadline, now)
+        for i, error in refused.items():
+            fail([(call, i, i + 1)], error)
+        for i in range(len(call.items)):
+            part = [(call, i, i + 1)]
+            if i not in judged:
+                self.recovery.run_apart(part)
+            elif i not in refused:
+                self.recovery.run_alone(part, deadly=judged[i] is Care.DEADLY)
+        self._await(call)
+
+    def _await(self, call: Call[In, Out]) -> None:
+        """See to it that a call is run, or answered when its time is over."""
         if self._sweep is None or call.deadline < self._sweep_due - self._grid_s:
             self._sweep_at(call.deadline)
         self._wake()
@@ -210,7 +236,7 @@ class Batcher(Generic[In, Out]):
         for call in self._open_calls(waiting_only=True):
             call.refuse()
         self._queue.clear()
-        self._again.clear()
+        self.recovery.clear()
         self.waiting = 0
         for handle in (self._turn, self._window, self._sweep):
             if handle is not None:
@@ -227,10 +253,12 @@ class Batcher(Generic[In, Out]):
 
     def _admit(self, rows: int, deadline: float, now: float) -> None:
         """Raise ``Overloaded`` unless there is room and time. Whoever finds a runner idle is always let in."""
-        if self.waiting + len(self._again) + rows > self._queue_limit:
+        if self.waiting + self.recovery.rows + rows > self._queue_limit:
             self._make_room(rows, now)
         if self._idle or not self._lanes:
             return
+        if self.recovery.grouping.failing and self.admission.cost.known:
+            self._refuse_unless_found_by(rows, deadline, now)
         foreseen = self._foreseen(rows, now)
         if foreseen > self.admission.latest(now, deadline, standing=self._standing(now)):
             self._refuse("late", f"it would take {foreseen - now:.2g} s to answer, which is too late", foreseen - now)
@@ -239,10 +267,22 @@ class Batcher(Generic[In, Out]):
         """Drop abandoned calls, or refuse."""
         self._queue = deque(call for call in self._queue if not call.future.done())
         self.waiting = sum(len(call.items) - call.taken for call in self._queue)
-        waiting = self.waiting + len(self._again)
+        self.recovery.prune(now)
+        waiting = self.waiting + self.recovery.rows
         if waiting + rows > self._queue_limit:
             problem = f"the queue is full ({waiting} of {self._queue_limit} rows)"
             self._refuse("full", problem, self._foreseen(rows, now) - now)
+
+    def _refuse_unless_found_by(self, rows: int, deadline: float, now: float) -> None:
+        """While batches fail: refuse what would not be answered once the bad rows before it and beside it are found."""
+        grouping, cost = self.recovery.grouping, self.admission.cost
+        in_hand = sum(batch.rows + rows_of(batch.trial.rest or ()) for batch in self._batches())
+        before = self.waiting + self.recovery.ahead + in_hand
+        seconds = grouping.seconds_to_settle(before + rows, cost, self.admission.max_rows) / len(self._lanes)
+        excess = now + seconds - self.admission.latest(now, deadline, standing=False)
+        if excess > 0.0:
+            problem = f"rows fail, and it would take {seconds:.2g} s to find them, which is too late"
+            self._refuse("late", problem, excess)
 
     def _refuse(self, reason: str, problem: str, retry_after: float) -> None:
         """Say when the queue as it stands will have been answered: then there is room again."""
@@ -269,11 +309,11 @@ class Batcher(Generic[In, Out]):
 
     def _dispatch(self) -> None:
         self._turn = None
-        while (self._again or self._queue) and (lane := self._free_lane()) is not None:
-            if not self._again and self._held_back():
+        while (self._queue or self.recovery.rows) and (lane := self._free_lane()) is not None:
+            trial = self._take(lane)
+            if trial is None:
                 return
-            parts = self._take()
-            if parts and self._run(lane, parts):
+            if trial.parts and self._run(lane, trial):
                 self._wake()  # it ran within this turn of the loop; the next one is for others first
                 return
 
@@ -299,16 +339,39 @@ class Batcher(Generic[In, Out]):
         self._window = self._loop.call_at(until, self._dispatch)
         return True
 
-    def _take(self) -> list[Part[In, Out]]:
-        """Take the next batch: one that was set aside, else the head of the queue. Skips who has gone."""
+    def _take(self, lane: Lane[In, Out]) -> Trial[In, Out] | None:
+        """Take the next batch: of what is to be run again as far as that has its turn, else of the queue."""
+        return (self._take_again(lane) if self.recovery.rows else None) or self._take_fresh()
+
+    def _take_again(self, lane: Lane[In, Out]) -> Trial[In, Out] | None:
+        most, waiting, now = self.admission.max_rows, self.waiting, self._loop.time()
+        return self.recovery.next(now, most, waiting=waiting) or self.recovery.next_apart(
+            now, self.admission.cost, most, waiting=waiting, deadly=self._may_risk(lane)
+        )
+
+    def _may_risk(self, lane: Lane[In, Out]) -> bool:
+        """Whether a row that may end its runner may have this one: never the last one of several."""
+        if self._runners_expected() <= 1 and len(self._lanes) == 1:
+            return True
+        return any(other is not lane and not other.at_risk for other in self._lanes)
+
+    def _take_fresh(self) -> Trial[In, Out] | None:
+        if self._queue and self._queue[0].tainted:  # only of the first in the queue can there be rows that ran
+            call = self._queue.popleft()
+            self.waiting -= len(call.items) - call.taken
+            self.recovery.run_apart([(call, call.taken, len(call.items))])
+        if not self._queue or self._held_back():
+            return None
+        return Trial(self._take_queued(), fresh=True)
+
+    def _take_queued(self) -> Parts[In, Out]:
+        """Take a batch from the head of the queue, without the calls for which nothing waits any more."""
         now = self._loop.time()
-        if self._again:
-            return [part for part in self._again.popleft() if part[0].wanted(now)]
         room = self._share()
         if self.waiting <= room:  # the ordinary case: all that waits goes
             calls, self._queue, self.waiting = self._queue, deque(), 0
             return [(call, call.taken, len(call.items)) for call in calls if call.wanted(now)]
-        parts: list[Part[In, Out]] = []
+        parts: Parts[In, Out] = []
         while self._queue and room:
             call = self._queue[0]
             start, left = call.taken, len(call.items) - call.taken
@@ -329,9 +392,9 @@ class Batcher(Generic[In, Out]):
             return most
         return min(most, max(self.admission.stage_rows, -(-self.waiting // self._idle)))
 
-    def _run(self, lane: Lane[In, Out], parts: list[Part[In, Out]]) -> bool:
+    def _run(self, lane: Lane[In, Out], trial: Trial[In, Out]) -> bool:
         """Hand a batch to a runner; return whether it is done already."""
-        items = items_of(parts)
+        items = items_of(trial.parts)
         rows = len(items)
         self._sizes[(rows - 1).bit_length()] += 1
         self._reasons["staged" if lane.batches else "full" if rows >= self.admission.max_rows else "idle"] += 1
@@ -339,7 +402,7 @@ class Batcher(Generic[In, Out]):
         self._idle -= not lane.batches
         if self._resting:
             self._resting, self._rested = False, now
-        batch = _Batch(parts, rows, self._clock(), self._begin(lane, items))
+        batch = _Batch(trial, rows, self._clock(), self._begin(lane, items))
         lane.batches.append(batch)
         lane.free_at = max(lane.free_at, now) + self.admission.cost.seconds(rows)
         if batch.running.done():
@@ -364,49 +427,79 @@ class Batcher(Generic[In, Out]):
         self._hand_back(lane, batch)
         error = error_of(running, batch.rows)
         if error is None:
-            scatter(batch.parts, running.result())
-            if self.quarantine and batch.rows == 1:
-                self.quarantine.clear(items_of(batch.parts)[0])
+            self._succeed(batch.trial, running.result())
         elif self._closed:
-            fail(batch.parts, going() if isinstance(error, NotRun) else error)
+            fail(batch.trial.parts, going() if isinstance(error, NotRun) else error)
         else:
-            self._recover(batch, error)
+            self._recover(lane, batch.trial, error)
+        self.admission.restrict(self.recovery.grouping)
         self._wake()
 
     def _hand_back(self, lane: Lane[In, Out], batch: _Batch[In, Out]) -> None:
         """Take an ended batch out of the runner's hands, and learn from how long it took."""
         now = self._clock()
-        if batch is lane.batches[0] and not batch.running.cancelled() and batch.running.exception() is None:
-            self.admission.observe(batch.rows, now - batch.began)
+        if batch is lane.batches[0] and not batch.running.cancelled():
+            self._learn(batch, now - batch.began)
         lane.batches.remove(batch)
         if lane.batches:
             lane.batches[0].began = now
         else:
             lane.free_at = 0.0
             self._idle += lane.drained is None
-            self._resting = self._resting or not (self._queue or self._again)
+            self._resting = self._resting or not (self._queue or self.recovery.rows)
             self._leave(lane)
+
+    def _learn(self, batch: _Batch[In, Out], seconds: float) -> None:
+        """Learn from how long a batch took; one that failed says nothing of how long those take that run."""
+        if batch.running.exception() is None:
+            self.admission.observe(batch.rows, seconds)
+        elif isinstance(batch.running.exception(), InferenceFailed):
+            self.recovery.grouping.took(seconds, self.admission.cost.seconds(batch.rows))
+        (self.recovery.budget.earn if batch.trial.fresh else self.recovery.budget.spend)(seconds)
 
     def _leave(self, lane: Lane[In, Out]) -> None:
         if lane.drained is not None and not lane.drained.done():
             lane.drained.set_result(None)
         self._leaving.discard(lane)
 
-    def _recover(self, batch: _Batch[In, Out], error: Exception) -> None:
-        """Run what failed again, in smaller batches, until what is at fault stands alone."""
-        parts, rows = batch.parts, batch.rows
+    def _succeed(self, trial: Trial[In, Out], results: Sequence[Out]) -> None:
+        scatter(trial.parts, results)
+        self.recovery.passed(trial)
+        if self.quarantine and len(results) == 1:
+            self.quarantine.clear(items_of(trial.parts)[0])
+
+    def _recover(self, lane: Lane[In, Out], trial: Trial[In, Out], error: Exception) -> None:
+        """See to the rows of a batch that failed: answer them, or have them run again."""
         if isinstance(error, NotRun):
-            self._again.appendleft(parts)
+            self.recovery.put_back(trial)
         elif isinstance(error, WorkerDied):
-            verdict = self.quarantine.accuse(items_of(parts))
-            if verdict is not None or not self._lanes:
-                fail(parts, verdict or error)
-            else:
-                self._again.extend([(call, i, i + 1)] for call, start, stop in parts for i in range(start, stop))
-        elif rows > 1 and isinstance(error, InferenceFailed):
-            self._again.extendleft(reversed(halve(parts, rows // 2)))
+            self._inquire(lane, trial, error)
+        elif isinstance(error, InferenceFailed):
+            self._search(trial, error)
         else:
-            fail(parts, error)
+            fail(trial.parts, error)
+            self.recovery.release(trial.rest or [])
+
+    def _inquire(self, lane: Lane[In, Out], trial: Trial[In, Out], error: WorkerDied) -> None:
+        """A worker died: whatever it ran is under suspicion, and the second time convicted."""
+        verdict = self.quarantine.accuse(items_of(trial.parts))
+        lane.convicted = verdict is not None
+        self.recovery.release(trial.rest or [])
+        if verdict is not None or not self._lanes:
+            fail(trial.parts, verdict or error)
+        else:
+            self.recovery.run_alone(trial.parts, deadly=True)
+
+    def _search(self, trial: Trial[In, Out], error: InferenceFailed) -> None:
+        """The model failed: the row at fault is answered, and remembered unless it is the model that is at fault."""
+        found = self.recovery.failed(trial)
+        if not found:
+            return
+        fail(found, error)
+        if self.recovery.grouping.broken:
+            self.quarantine.forgive()
+        elif self._remembers and not isinstance(error, OutOfMemory):
+            self.quarantine.failed(items_of(found)[0], error, twice=trial.rest is not None)
 
     # -- deadlines -----------------------------------------------------------------------------------------
 
@@ -430,11 +523,9 @@ class Batcher(Generic[In, Out]):
 
     def _open_calls(self, *, waiting_only: bool = False) -> Iterator[Call[In, Out]]:
         yield from self._queue
-        for parts in self._again:
-            yield from (call for call, _, _ in parts)
-        if not waiting_only:
-            for batch in self._batches():
-                yield from (call for call, _, _ in batch.parts)
+        yield from self.recovery.calls()
+        for batch in self._batches():
+            yield from calls_of(batch.trial.rest or ()) if waiting_only else batch.trial.calls()
 
     def _batches(self) -> Iterator[_Batch[In, Out]]:
         for lane in (*self._lanes, *self._leaving):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from modelserve.errors import DeadlineExceeded, InferenceFailed, NotReady
@@ -15,7 +15,7 @@ Out = TypeVar("Out")
 class Call(Generic[In, Out]):
     """One caller's items and the future it waits on."""
 
-    __slots__ = ("deadline", "entered", "future", "items", "missing", "results", "taken")
+    __slots__ = ("deadline", "entered", "future", "items", "missing", "results", "tainted", "taken")
 
     def __init__(
         self, items: Sequence[In], deadline: float, entered: float, future: asyncio.Future[Sequence[Out | Exception]]
@@ -25,6 +25,8 @@ class Call(Generic[In, Out]):
         self.entered = entered
         self.future = future
         self.taken = 0
+        self.tainted = False
+        """Whether one of its items is bad."""
         self.missing = len(items)
         self.results: list[Out | Exception | None] | None = None
 
@@ -58,6 +60,17 @@ class Call(Generic[In, Out]):
 
 Part: TypeAlias = tuple[Call[In, Out], int, int]
 """Items ``start`` to ``stop`` of a call."""
+Parts: TypeAlias = list[Part[In, Out]]
+
+
+def rows_of(parts: Iterable[Part[In, Out]]) -> int:
+    """Return how many items these are."""
+    return sum(stop - start for _, start, stop in parts)
+
+
+def calls_of(parts: Iterable[Part[In, Out]]) -> Iterator[Call[In, Out]]:
+    """Return the call of each part."""
+    return (call for call, _, _ in parts)
 
 
 def items_of(parts: Sequence[Part[In, Out]]) -> list[In]:
@@ -65,10 +78,10 @@ def items_of(parts: Sequence[Part[In, Out]]) -> list[In]:
     return [item for call, start, stop in parts for item in call.items[start:stop]]
 
 
-def halve(parts: Sequence[Part[In, Out]], rows: int) -> list[list[Part[In, Out]]]:
+def halve(parts: Sequence[Part[In, Out]], rows: int) -> tuple[Parts[In, Out], Parts[In, Out]]:
     """Split a batch after ``rows`` items, through the middle of a call if need be."""
-    left: list[Part[In, Out]] = []
-    right: list[Part[In, Out]] = []
+    left: Parts[In, Out] = []
+    right: Parts[In, Out] = []
     for call, start, stop in parts:
         middle = min(stop, start + max(0, rows))
         rows -= stop - start
@@ -76,7 +89,7 @@ def halve(parts: Sequence[Part[In, Out]], rows: int) -> list[list[Part[In, Out]]
             left.append((call, start, middle))
         if stop > middle:
             right.append((call, middle, stop))
-    return [left, right]
+    return left, right
 
 
 def scatter(parts: Sequence[Part[In, Out]], results: Sequence[Out | Exception]) -> None:

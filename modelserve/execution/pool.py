@@ -54,8 +54,9 @@ class Pool:
     """Runs rows on a set of replicas. ``start`` before ``submit``; ``stop`` when the last request has gone.
 
     ``make_replica`` is given the number of the replica's place, counted from 0, which a successor takes over.
-    ``fingerprint`` tells two rows apart, so that an input which kills its worker twice is refused. ``tell`` is called
-    with what happens to the pool. ``intact`` surrounds each start of a replica (see :data:`Intact`).
+    ``fingerprint`` tells two rows apart, so that an input which kills its worker twice is refused, and for a while one
+    on which the model fails. ``tell`` is called with what happens to the pool. ``intact`` surrounds each start of a
+    replica (see :data:`Intact`).
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Pool:
             slo_s=options.slo_s,
             adaptive=options.adaptive,
             fingerprint=fingerprint,
+            runners_expected=lambda: self.size,
             clock=clock,
         )
         self._clock = clock
@@ -229,9 +231,9 @@ class Pool:
         if not self._batcher.admission.cost.known:
             self._batcher.admission.seed(fastest)
 
-    def _mourn(self, reason: str) -> float:
+    def _mourn(self, reason: str, convicted: bool) -> float:  # noqa: FBT001  # as Seat calls it
         was_open = self._circuit.open
-        pause = self._circuit.died(self._loop.time())
+        pause = 0.0 if convicted else self._circuit.died(self._loop.time())  # what is refused does not kill again
         _log.error("a worker of %s %s is lost, the next starts in %.1f s: %s", *self._name, pause, reason)
         self._tell(WorkerLost(*self._name, reason, pause))
         if self._circuit.open and not was_open:

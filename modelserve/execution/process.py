@@ -21,7 +21,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from modelserve.errors import ArtifactUnsafe, InferenceFailed, LoadFailed, ModelServeError, WorkerDied, in_words
+from modelserve.errors import (
+    ArtifactUnsafe,
+    InferenceFailed,
+    LoadFailed,
+    ModelServeError,
+    OutOfMemory,
+    WorkerDied,
+    in_words,
+)
 from modelserve.execution import inheritance, wire
 from modelserve.execution.arena import Arena
 from modelserve.execution.descriptors import lifted_socket
@@ -112,7 +120,10 @@ class ProcessReplica:
         sent = _Sent(self._batches + 1, len(rows), answer)
         try:
             frame = self._batch(sent, rows)
-        except Exception as error:  # noqa: BLE001  # no memory, or values that cannot cross: this batch's failure alone
+        except (OSError, MemoryError) as error:
+            answer.set_exception(OutOfMemory(f"no memory to hand {len(rows)} rows over: {in_words(error)}"))
+            return answer
+        except Exception as error:  # noqa: BLE001  # values that cannot cross: this batch's failure alone
             answer.set_exception(InferenceFailed(f"{len(rows)} rows could not be handed over: {in_words(error)}"))
             return answer
         self._batches = sent.seq
@@ -319,7 +330,7 @@ class _Frames(asyncio.Protocol):
 
 def _error(text: bytes) -> ModelServeError:
     """Make again what a worker raised, as far as its word is taken for it."""
-    known = {"ArtifactUnsafe": ArtifactUnsafe, "InferenceFailed": InferenceFailed}
+    known = {each.__name__: each for each in (ArtifactUnsafe, InferenceFailed, OutOfMemory)}
     try:
         name, message = json.loads(text)
     except ValueError as error:

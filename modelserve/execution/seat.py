@@ -29,7 +29,8 @@ Intact: TypeAlias = Callable[[], AbstractAsyncContextManager[object]]
 class Seat:
     """Keeps one replica running, at the ``place`` of that number.
 
-    ``mourn(reason)`` is told of every death and returns how many seconds to wait before the next start.
+    ``mourn(reason, convicted)`` is called at every death and returns how many seconds to wait before the next start;
+    ``convicted`` says that it was the fault of an input which is refused from now on.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Seat:
         *,
         prove: Prove,
         start_limit_s: float,
-        mourn: Callable[[str], float],
+        mourn: Callable[[str, bool], float],
         intact: Intact = contextlib.nullcontext,
     ) -> None:
         self.place = place
@@ -120,11 +121,13 @@ class Seat:
         """Replace the replica whenever it ends."""
         while True:
             reason = await self._replica.ended()
+            convicted = False
             if self.lane is not None:
+                convicted = self.lane.convicted
                 self._batcher.remove(self.lane)
                 self.lane = None
             await self._replica.stop()
-            await self._pause(reason)
+            await self._pause(reason, convicted=convicted)
             self._replica = self._make_replica()
             self.restarts += 1
             try:
@@ -132,8 +135,8 @@ class Seat:
             except Exception:  # noqa: BLE001  # whatever it was, it is mourned in the next round
                 _log.debug("a worker did not start", exc_info=True)
 
-    async def _pause(self, reason: str) -> None:
-        pause = self._mourn(reason)
+    async def _pause(self, reason: str, *, convicted: bool) -> None:
+        pause = self._mourn(reason, convicted)
         self._state = "waiting"
         self.ready_at = self._loop.time() + pause + self._start_s
         await asyncio.sleep(pause)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, Final, NamedTuple
 
-from modelserve.errors import InferenceFailed, LoadError, LoadFailed, WorkerDied, in_words
+from modelserve.errors import InferenceFailed, LoadError, LoadFailed, WorkerDied, failure_of, in_words
 from modelserve.execution import stack
 from modelserve.execution.in_place import InPlace
 from modelserve.ports import Model, NotRun
@@ -135,7 +135,7 @@ class ThreadReplica:
         except InferenceFailed:
             raise
         except BaseException as error:
-            raise InferenceFailed(f"the model raised {in_words(error)}") from error
+            raise failure_of(error) from error
 
     # -- in the thread -------------------------------------------------------------------------------------
 

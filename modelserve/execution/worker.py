@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelserve import plugins
-from modelserve.errors import InferenceFailed, LoadError, LoadFailed, in_words
+from modelserve.errors import InferenceFailed, LoadError, LoadFailed, failure_of, in_words
 from modelserve.execution import wire
 from modelserve.execution.arena import Arena
 from modelserve.execution.padding import Padded
@@ -143,7 +143,7 @@ def _infer(model: Model, columns: Any, rows: int) -> wire.Outputs:
 def _failure(error: BaseException) -> bytes:
     """Describe why a batch failed."""
     if not isinstance(error, InferenceFailed):
-        error = InferenceFailed(f"the model raised {in_words(error)}")
+        error = failure_of(error)
     return _described(error)
 
 

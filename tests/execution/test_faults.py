@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from modelserve.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded, WorkerDied
+from modelserve.errors import DeadlineExceeded, InferenceFailed, NotReady, OutOfMemory, Overloaded, WorkerDied
 from modelserve.events import CircuitOpened, Event, WorkerLost
 from modelserve.execution import circuit
 from modelserve.execution.pool import Pool, PoolOptions
@@ -212,6 +212,32 @@ async def test_an_input_that_ends_its_worker(world: World, fault: float, name: s
         assert crowd.errors["WorkerDied"] == 0
 
 
+@pytest.mark.parametrize("world", [2], indirect=True, ids=["two workers"])
+async def test_a_client_that_repeats_a_deadly_input_leaves_the_others_a_worker(world: World) -> None:
+    """While one client sends the same deadly row again and again, there is always a worker for the others."""
+    crowd, fewest = Crowd(world.pool), 2
+
+    async def strike() -> list[Exception | None]:
+        nonlocal fewest
+        answers: list[Exception | None] = []
+        while len(answers) < 100:
+            asking = asyncio.create_task(Crowd(world.pool, IMPATIENT_S).ask(SEGFAULT))
+            while not asking.done():
+                await asyncio.wait([asking], timeout=0.005)
+                fewest = min(fewest, sum(seat.alive for seat in world.pool._seats))
+            answers.append(asking.result())
+            await asyncio.sleep(0.01)
+        return answers
+
+    answers = await crowd.during(strike)
+    assert all(isinstance(each, InferenceFailed | DeadlineExceeded) for each in answers)
+    assert isinstance(answers[-1], InferenceFailed)
+    assert fewest == 1
+    assert len(world.lost()) == 2
+    assert not crowd.errors
+    assert not any(isinstance(event, CircuitOpened) for event in world.told)
+
+
 @pytest.mark.parametrize("fault", [LOOP, STUCK, DEAF], ids=["endless loop", "holding the lock", "deaf"])
 async def test_an_input_that_makes_its_worker_hang(world: World, fault: float) -> None:
     """Its callers get their deadlines, the worker is killed whatever it does, and another takes over."""
@@ -235,7 +261,8 @@ async def test_an_input_that_the_model_raises_on(world: World, fault: float, nam
     error = await crowd.during(lambda: crowd.ask(fault))
     assert isinstance(error, InferenceFailed)
     assert name in str(error)
-    assert crowd.errors == {"InferenceFailed": 1}
+    assert crowd.errors == {type(error).__name__: 1}
+    assert isinstance(error, OutOfMemory) is (fault == MEMORY)
     assert world.lost() == []
 
 

@@ -10,7 +10,7 @@ from modelserve.errors import InferenceFailed
 from modelserve.execution import cores, quarantine
 from modelserve.execution.circuit import Circuit
 from modelserve.execution.in_place import HAND_OVER_S, InPlace
-from modelserve.execution.quarantine import Quarantine
+from modelserve.execution.quarantine import Care, Quarantine
 
 
 class Clock:
@@ -44,32 +44,77 @@ def test_the_circuit_opens_on_the_fifth_death_in_a_minute_and_closes_when_all_is
     assert circuit.died(131) == 0.0
 
 
-def test_the_quarantine_convicts_only_who_died_alone_as_a_suspect() -> None:
-    """In company everybody is a suspect, and who runs is cleared; a suspect that dies alone is refused for a while."""
+def failure(text: str = "the model raised ValueError: unknown category") -> InferenceFailed:
+    return InferenceFailed(text)
+
+
+def test_the_quarantine_convicts_only_what_died_alone_as_a_suspect() -> None:
+    """In company every row is a suspect, and what runs is cleared; a suspect that dies alone is refused for a while."""
     clock = Clock()
     kept: Quarantine[str] = Quarantine(hash, clock)
     assert not kept
     assert kept.accuse(["a", "b", "c"]) is None
-    assert kept.must_run_alone(["c"])
-    assert not kept.must_run_alone(["d"])
+    assert kept.judge(["d", "c"]) == {1: Care.DEADLY}
     kept.clear("a")
-    assert not kept.must_run_alone(["a"])
+    assert kept.judge(["a"]) == {}
     assert kept.accuse(["a"]) is None  # alone, but not a suspect any more
-    assert isinstance(kept.accuse(["b"]), InferenceFailed)
-    with pytest.raises(InferenceFailed, match="twice"):
-        kept.must_run_alone(["x", "b"])
+    verdict = kept.accuse(["b"])
+    assert isinstance(verdict, InferenceFailed)
+    assert "twice" in str(verdict)
+    assert kept.judge(["x", "b"]) == {1: verdict}
     assert kept.refused == 1
     clock.now = 601.0
-    assert kept.must_run_alone(["b"])  # another try
+    assert kept.refused == 0
+    assert kept.judge(["b"]) == {0: Care.DEADLY}  # another try
     assert isinstance(kept.accuse(["b"]), InferenceFailed)
+
+
+def test_the_quarantine_refuses_what_failed_twice_with_the_same_error_and_for_longer_each_time() -> None:
+    """One failure alone is a suspicion; two are a refusal for a minute, then for two, up to ten, with a try between."""
+    clock = Clock()
+    kept: Quarantine[str] = Quarantine(hash, clock)
+    kept.failed("a", failure(), twice=False)
+    assert kept.judge(["a", "b"]) == {0: Care.ALONE}
+    refused_s = 60.0
+    for expected in (60.0, 120.0, 240.0, 480.0, 600.0, 600.0):
+        refused_s = expected
+        error = failure(f"for {refused_s}")
+        kept.failed("a", error, twice=False)
+        clock.now += refused_s - 0.1
+        assert kept.judge(["a"]) == {0: error}
+        clock.now += 0.2
+        assert kept.judge(["a"]) == {0: Care.ALONE}
+    kept.clear("a")
+    assert not kept
+
+
+def test_the_quarantine_forgets_what_failed_some_time_ago_and_all_of_it_when_the_model_is_at_fault() -> None:
+    """Failures are forgotten a while after they were of use, or at once when forgiven; deaths are not."""
+    clock = Clock()
+    kept: Quarantine[str] = Quarantine(hash, clock)
+    kept.failed("once", failure(), twice=False)
+    kept.failed("twice", failure(), twice=True)
+    clock.now = 61.0
+    assert kept.judge(["once", "twice"]) == {1: Care.ALONE}
+    clock.now = 200.0
+    assert kept.judge(["twice"]) == {}
+    assert not kept
+    kept.failed("once", failure(), twice=False)
+    kept.failed("twice", failure(), twice=True)
+    kept.accuse(["killer"])
+    kept.forgive()
+    assert kept.judge(["once", "twice", "killer"]) == {2: Care.DEADLY}
 
 
 def test_the_quarantine_remembers_so_much_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever sends ever new inputs that kill cannot fill the memory."""
+    """Ever new inputs that kill or fail cannot fill the memory."""
     monkeypatch.setattr(quarantine, "_MOST", 10)
     kept: Quarantine[int] = Quarantine(hash, Clock())
     kept.accuse(list(range(100)))
-    assert sum(kept.must_run_alone([i]) for i in range(100)) == 10
+    assert len(kept.judge(range(100))) == 10
+    for i in range(200, 300):
+        kept.failed(i, failure(), twice=True)
+    assert len(kept.judge(range(200, 300))) == 10
 
 
 def learned(seconds: float, clock: Clock) -> InPlace:

@@ -60,7 +60,7 @@ class FakeReplica:
 
     def _end(self) -> None:
         rows, answer = self.batches[0]
-        if (POISON,) in rows:
+        if not self.world.deadly.isdisjoint(x for (x,) in rows):
             self.kill("segmentation fault")
             return
         self.batches.pop(0)
@@ -106,6 +106,7 @@ class World:
         self.start_s = 1.0
         self.batch_s = 0.01
         self.failing_starts = 0
+        self.deadly: set[float] = {POISON}
 
     def pool(self, **options: Any) -> Pool:
         return Pool(
@@ -216,12 +217,111 @@ def test_batch_mates_of_a_poison_row_are_answered_by_another_worker(run: Callabl
         assert answers[2] == 6.0
         assert isinstance(answers[1], InferenceFailed)
         assert len(world.told_of(WorkerLost)) == 2
-        with pytest.raises(InferenceFailed, match="twice"):
-            await ask(pool, POISON)
+        mate, again = await ask(pool, 3.0, POISON)
+        assert mate == 6.0
+        assert isinstance(again, InferenceFailed)
+        assert "twice" in str(again)
         assert pool.status().batches.quarantined == 1
         await asyncio.sleep(5)
         assert world.living == 2
         assert await ask(pool, 5.0) == [10.0]
+        await pool.stop()
+
+    run(scenario())
+
+
+def test_a_suspect_never_runs_on_the_last_worker_while_another_starts(run: Callable[..., Any]) -> None:
+    """Of two workers one always lives: rows that were there at a death wait for the replacement, others do not."""
+
+    async def scenario() -> None:
+        world = World()
+        pool = world.pool(smallest=2, largest=2)
+        await pool.start(prove)
+        fewest, over = 2, False
+
+        async def watch() -> None:
+            nonlocal fewest
+            while not over:
+                fewest = min(fewest, world.living)
+                await asyncio.sleep(0.001)
+
+        watching = asyncio.create_task(watch())
+        began = now()
+        suspects = [asyncio.create_task(outcome(pool, value)) for value in (1.0, POISON, 3.0)]
+        await asyncio.sleep(0.1)
+        assert world.living == 1
+        assert await outcome(pool, 5.0) == 10.0
+        assert not any(each.done() for each in suspects)
+        answers = await asyncio.gather(*suspects)
+        assert [answers[0], answers[2]] == [2.0, 6.0]
+        assert isinstance(answers[1], InferenceFailed)
+        assert now() - began > world.start_s
+        over = True
+        await watching
+        assert fewest == 1
+        await pool.stop()
+
+    run(scenario())
+
+
+def test_two_suspects_are_never_on_all_workers_at_once(run: Callable[..., Any]) -> None:
+    """Of three workers that run suspects at the same time, one is always left for the others."""
+
+    async def scenario() -> None:
+        world = World()
+        world.start_s = 0.1
+        pool = world.pool(smallest=3, largest=3, max_rows=1)
+        await pool.start(prove)
+        rows = [outcome(pool, POISON - offset) for offset in (0.0, 10.0, 20.0)]
+        world.deadly = {POISON, POISON - 10.0, POISON - 20.0}
+        first = await asyncio.gather(*rows)
+        assert all(isinstance(each, InferenceFailed | WorkerDied) for each in first)
+        await asyncio.sleep(5)
+        assert world.living == 3
+        running = asyncio.gather(*(outcome(pool, POISON - offset) for offset in (0.0, 10.0, 20.0)))
+        while not running.done():
+            assert world.living >= 1
+            await asyncio.sleep(0.001)
+        assert all(isinstance(each, InferenceFailed) for each in await running)
+        await pool.stop()
+
+    run(scenario())
+
+
+def test_a_suspect_that_would_wait_too_long_has_its_deadline(run: Callable[..., Any]) -> None:
+    """While the replacement does not start, rows that were there at the death are not run; the others are served."""
+
+    async def scenario() -> None:
+        world = World()
+        pool = world.pool(smallest=2, largest=2)
+        await pool.start(prove)
+        world.start_s = 100.0
+        suspect = asyncio.create_task(outcome(pool, POISON, timeout_s=1.0))
+        await asyncio.sleep(0.1)
+        for value in (1.0, 2.0, 3.0):
+            assert await outcome(pool, value) == 2 * value
+        assert isinstance(await suspect, DeadlineExceeded)
+        assert isinstance(await outcome(pool, POISON, timeout_s=1.0), DeadlineExceeded)
+        assert world.living == 1
+        await pool.stop()
+
+    run(scenario())
+
+
+def test_the_second_death_of_one_suspect_does_not_count(run: Callable[..., Any]) -> None:
+    """What kills a second time is refused from then on: its worker is replaced at once, the circuit stays closed."""
+
+    async def scenario() -> None:
+        world = World()
+        pool = world.pool(smallest=2, largest=2)
+        await pool.start(prove)
+        world.deadly = {POISON - 10 * i for i in range(4)}
+        for killer in sorted(world.deadly):
+            assert isinstance(await outcome(pool, killer), InferenceFailed)
+            await asyncio.sleep(5)
+        assert len(world.told_of(WorkerLost)) == 8
+        assert [event.retry_s for event in world.told_of(WorkerLost)][1::2] == [0.0] * 4
+        assert world.told_of(CircuitOpened) == []
         await pool.stop()
 
     run(scenario())

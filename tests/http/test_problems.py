@@ -56,6 +56,7 @@ SECRET_ONES: list[tuple[Exception, int, str]] = [
     (errors.BackendUnavailable("postgresql://admin:password@db", SECRET), 503, "unavailable"),
     (errors.Unavailable(SECRET), 503, "unavailable"),
     (errors.InferenceFailed(SECRET), 500, "inference-failed"),
+    (errors.OutOfMemory(SECRET), 500, "inference-failed"),
     (errors.WorkerDied(SECRET), 500, "worker-died"),
     (errors.LoadFailed(SECRET), 500, "internal-error"),
     (errors.ArtifactUnsafe(SECRET), 500, "internal-error"),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from modelserve.errors import InferenceFailed
+from modelserve.errors import OutOfMemory
 from modelserve.signature.batches import check_outputs
 from modelserve.types import Array, Columns, row_count
 
@@ -27,7 +27,7 @@ class Halving:
         self.most_rows: int | None = None
 
     def __call__(self, columns: Columns) -> dict[str, Array]:
-        """Answer a batch. Raises ``InferenceFailed`` when not even one row fits."""
+        """Answer a batch. Raises ``OutOfMemory`` when not even one row fits."""
         rows = row_count(columns)
         pieces: list[dict[str, Array]] = []
         done = 0
@@ -57,7 +57,7 @@ class Halving:
 
     def _remember(self, too_many: int) -> None:
         if too_many <= 1:
-            raise InferenceFailed(
+            raise OutOfMemory(
                 "the memory of the GPU does not hold a single row of this model; free some of it, or use a larger GPU"
             )
         self.most_rows = (too_many + 1) // 2
