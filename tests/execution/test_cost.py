@@ -83,3 +83,25 @@ def test_thousands_of_batches_that_take_no_time_leave_it_sound() -> None:
     for _ in range(400):
         cost.observe(8, 0.01)
     assert cost.seconds(8) == pytest.approx(0.01, rel=0.2)
+
+
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_steady_noisy_load_keeps_what_is_known_of_other_sizes(most: int) -> None:
+    """Twenty thousand small batches, some of them late, leave what a large one costs as the warm-up found it."""
+    cost, chance = CostModel(), random.Random(1)
+    cost.seed({1: 240e-6, 8: 241e-6, 64: 250e-6, 256: 280e-6})
+    for _ in range(20_000):
+        late = 3.0 if chance.random() < 0.02 else 1.0
+        cost.observe(chance.randint(1, most), 240e-6 * late * chance.lognormvariate(0, 0.15))
+    assert cost.seconds(1) == pytest.approx(245e-6, rel=0.15)
+    assert cost.seconds(64) == pytest.approx(250e-6, rel=0.15)
+
+
+def test_a_shape_that_changed_is_learned_from_batches_of_several_sizes() -> None:
+    """When rows begin to cost ten times as much and the rest twice as much, some hundreds of batches show it."""
+    cost, chance = seeded(0.005, 0.0002), random.Random(1)
+    for _ in range(1000):
+        rows = chance.choice((1, 4, 16, 64))
+        cost.observe(rows, (0.01 + 0.002 * rows) * chance.lognormvariate(0, 0.1))
+    for rows in (1, 16, 64):
+        assert cost.seconds(rows) == pytest.approx(0.01 + 0.002 * rows, rel=0.25)
