@@ -8,9 +8,10 @@ which will be answered too late helps nobody: it delays all that comes behind it
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, NamedTuple
 
 from modelserve.execution.cost import CostModel
+from modelserve.execution.flow import Flow
 from modelserve.execution.grouping import Grouping
 
 # A call that arrives just after a batch has left waits for that batch and for its own. Two batches of this share
@@ -18,8 +19,23 @@ from modelserve.execution.grouping import Grouping
 _BATCH_SHARE: Final = 0.4
 _WITHIN: Final = 2 * _BATCH_SHARE
 _MARGIN: Final = 0.9
-_BURST: Final = 0.25  # of the objective: a queue that stands for longer is not the burst of a moment
+_CONTRADICTED: Final = 1.5  # times as long as measured: a forecast that goes further is not acted on
 _EFFICIENT: Final = 0.1  # fixed costs below this share of a batch: waiting for more company gains little
+
+
+class Wait(NamedTuple):
+    """What a call of ``rows`` finds: rows ahead of it in the queue, rows that run, and for how long they still will.
+
+    ``busy_s`` is when the first of the runners is expected to be free, ``since_s`` how long ago rows last left.
+    """
+
+    rows: int
+    ahead: int
+    running: int
+    runners: int
+    busy_s: float
+    since_s: float
+    growing: bool
 
 
 class Admission:
@@ -32,6 +48,7 @@ class Admission:
 
     def __init__(self, *, max_rows: int, slo_s: float = math.inf, adaptive: bool = False) -> None:
         self.cost = CostModel()
+        self.flow = Flow()
         self.max_rows = max_rows
         """Most rows in a batch, as of now."""
         self.stage_rows = max_rows
@@ -58,25 +75,29 @@ class Admission:
             self._cap = grouping.size(self.cost, self._limit)
             self._adapt()
 
-    def standing(self, seconds: float) -> bool:
-        """Whether a queue that no runner has emptied for so long is overload, and not a burst."""
-        return seconds > self._slo_s * _BURST
+    def foreseen(self, wait: Wait) -> float:
+        """Return in how many seconds a call that joins the queue now is answered.
 
-    def seconds_until_done(self, ahead: int, rows: int, *, runners: int, standing: bool) -> float:
-        """Return how long after a runner becomes free a call of ``rows``, behind ``ahead`` others, is answered."""
-        before = (ahead + rows - 1) // self.max_rows
-        if before == 0 and not standing:
-            return self.cost.seconds(ahead + rows)
-        return before * self._full_s / max(1, runners) + self._full_s  # others will join until its own batch is full
-
-    def latest(self, now: float, deadline: float, *, standing: bool) -> float:
-        """Return by when a call has to be foreseen to be done for it to be let in.
-
-        That is its deadline, less a margin, and in a standing queue the objective as well, or at least the next
-        batch. (The two regimes are those of B. Maurer, "Fail at Scale", ACM Queue 13(8), 2015, after CoDel.)
+        By the cost of batches, unless the pace at which rows leave at present contradicts it: a cost that was learned
+        at another load, or beside a busy event loop, can be far too high.
         """
-        latest = now + (deadline - now) * _MARGIN
-        return min(latest, now + max(self._slo_s * _WITHIN, 2 * self._full_s)) if standing else latest
+        before = (wait.ahead + wait.rows - 1) // self.max_rows
+        # In a growing queue others will join until its own batch is full.
+        own = self.max_rows if before or wait.growing else wait.ahead + wait.rows
+        runners = max(1, wait.runners)
+        by_cost = wait.busy_s + before * self._full_s / runners + self.cost.seconds(own)
+        running_s = max(0.0, self.flow.seconds(wait.running) - wait.since_s)
+        by_pace = running_s + self.flow.seconds(before * self.max_rows + runners * own)
+        return by_pace if by_cost > _CONTRADICTED * by_pace else by_cost
+
+    def limit(self, left: float, *, growing: bool) -> float:
+        """Return in how many seconds a call has to be foreseen to be answered for it to be let in.
+
+        That is the time left to its deadline, less a margin, and in a growing queue the objective as well, or at least
+        the next batch. (The two regimes are those of B. Maurer, "Fail at Scale", ACM Queue 13(8), 2015, after CoDel.)
+        """
+        limit = left * _MARGIN
+        return min(limit, max(self._slo_s * _WITHIN, 2 * self._full_s)) if growing else limit
 
     def _adapt(self) -> None:
         cost = self.cost
@@ -88,5 +109,6 @@ class Admission:
             budget = max(_BATCH_SHARE * self._slo_s, 2 * cost.seconds(1))
             self.max_rows = max(1, int(min(self._cap, cost.rows_within(budget))))
         self._full_s = cost.seconds(self.max_rows)
+        self.flow.aim(self._slo_s, self._full_s)
         efficient = cost.fixed / (_EFFICIENT * cost.per_row) if cost.per_row > 0.0 else math.inf
         self.stage_rows = max(1, int(min(self.max_rows, efficient)))

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Final, Generic, TypeAlias, TypeVar
 
 from modelserve.errors import InferenceFailed, OutOfMemory, Overloaded, WorkerDied
-from modelserve.execution.admission import Admission
+from modelserve.execution.admission import Admission, Wait
 from modelserve.execution.calls import Call, Parts, calls_of, error_of, fail, going, items_of, rows_of, scatter
 from modelserve.execution.quarantine import Care, Judgement, Quarantine
 from modelserve.execution.recovery import Recovery, Trial
@@ -77,7 +77,7 @@ class Batcher(Generic[In, Out]):
 
     ``max_rows`` bounds a batch (with ``adaptive``: the batch size follows its learned cost below that bound, see
     :class:`Admission`) and ``queue_limit`` the waiting items, both counted in items, not calls; a call of more items
-    than a batch is split. A call that is foreseen to miss its deadline, or in a standing queue ``slo_s``, is refused.
+    than a batch is split. A call that is foreseen to miss its deadline, or in a growing queue ``slo_s``, is refused.
     ``max_wait_s`` holds a partial batch back for that long, counted from its oldest call, and never longer than half
     of any waiting call's time limit. A batch that fails with ``InferenceFailed`` is searched for the item at fault, see
     :mod:`modelserve.execution.recovery`; one whose worker died is run again item by item, never on the last runner of
@@ -113,8 +113,8 @@ class Batcher(Generic[In, Out]):
         self._window: asyncio.TimerHandle | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_due = 0.0  # beside the handle, because uvloop's does not always know
-        self._resting = True  # a runner has nothing to do, because nothing waits
-        self._rested = self._loop.time()  # when one last had
+        self._running = 0  # items in the hands of runners
+        self._left_at = self._loop.time()  # when a batch last ended, or the first one began after a rest
         self._closed = False
         self._sizes: Counter[int] = Counter()
         self._reasons: Counter[str] = Counter()
@@ -255,13 +255,16 @@ class Batcher(Generic[In, Out]):
         """Raise ``Overloaded`` unless there is room and time. Whoever finds a runner idle is always let in."""
         if self.waiting + self.recovery.rows + rows > self._queue_limit:
             self._make_room(rows, now)
+        growing = self.admission.flow.enters(self.waiting + self.recovery.rows + self._running + rows, now)
         if self._idle or not self._lanes:
             return
         if self.recovery.grouping.failing and self.admission.cost.known:
             self._refuse_unless_found_by(rows, deadline, now)
-        foreseen = self._foreseen(rows, now)
-        if foreseen > self.admission.latest(now, deadline, standing=self._standing(now)):
-            self._refuse("late", f"it would take {foreseen - now:.2g} s to answer, which is too late", foreseen - now)
+        foreseen = self._foreseen(rows, now, growing=growing)
+        if foreseen > self.admission.limit(deadline - now, growing=growing):
+            if growing:
+                self.admission.flow.refuses(now)
+            self._refuse("late", f"it would take {foreseen:.2g} s to answer, which is too late", foreseen)
 
     def _make_room(self, rows: int, now: float) -> None:
         """Drop abandoned calls, or refuse."""
@@ -271,7 +274,7 @@ class Batcher(Generic[In, Out]):
         waiting = self.waiting + self.recovery.rows
         if waiting + rows > self._queue_limit:
             problem = f"the queue is full ({waiting} of {self._queue_limit} rows)"
-            self._refuse("full", problem, self._foreseen(rows, now) - now)
+            self._refuse("full", problem, self._foreseen(rows, now, growing=True))
 
     def _refuse_unless_found_by(self, rows: int, deadline: float, now: float) -> None:
         """While batches fail: refuse what would not be answered once the bad rows before it and beside it are found."""
@@ -279,7 +282,7 @@ class Batcher(Generic[In, Out]):
         in_hand = sum(batch.rows + rows_of(batch.trial.rest or ()) for batch in self._batches())
         before = self.waiting + self.recovery.ahead + in_hand
         seconds = grouping.seconds_to_settle(before + rows, cost, self.admission.max_rows) / len(self._lanes)
-        excess = now + seconds - self.admission.latest(now, deadline, standing=False)
+        excess = seconds - self.admission.limit(deadline - now, growing=False)
         if excess > 0.0:
             problem = f"rows fail, and it would take {seconds:.2g} s to find them, which is too late"
             self._refuse("late", problem, excess)
@@ -289,16 +292,11 @@ class Batcher(Generic[In, Out]):
         self._refused[reason] += 1
         raise Overloaded(problem, retry_after=max(0.01, retry_after))
 
-    def _foreseen(self, rows: int, now: float) -> float:
-        """Return when a call that joins the queue now will be answered."""
-        free_at = min((lane.free_at for lane in self._lanes), default=now)
-        runners, standing = len(self._lanes), self._standing(now)
-        return max(now, free_at) + self.admission.seconds_until_done(
-            self.waiting, rows, runners=runners, standing=standing
-        )
-
-    def _standing(self, now: float) -> bool:
-        return not self._resting and self.admission.standing(now - self._rested)
+    def _foreseen(self, rows: int, now: float, *, growing: bool) -> float:
+        """Return in how many seconds a call that joins the queue now will be answered."""
+        busy_s = max(0.0, min((lane.free_at for lane in self._lanes), default=now) - now)
+        wait = Wait(rows, self.waiting, self._running, len(self._lanes), busy_s, now - self._left_at, growing)
+        return self.admission.foreseen(wait)
 
     # -- from queue to runner ------------------------------------------------------------------------------
 
@@ -400,8 +398,9 @@ class Batcher(Generic[In, Out]):
         self._reasons["staged" if lane.batches else "full" if rows >= self.admission.max_rows else "idle"] += 1
         now = self._loop.time()
         self._idle -= not lane.batches
-        if self._resting:
-            self._resting, self._rested = False, now
+        if not self._running:
+            self._left_at = now
+        self._running += rows
         batch = _Batch(trial, rows, self._clock(), self._begin(lane, items))
         lane.batches.append(batch)
         lane.free_at = max(lane.free_at, now) + self.admission.cost.seconds(rows)
@@ -441,12 +440,17 @@ class Batcher(Generic[In, Out]):
         if batch is lane.batches[0] and not batch.running.cancelled():
             self._learn(batch, now - batch.began)
         lane.batches.remove(batch)
+        self._running -= batch.rows
+        answered = not batch.running.cancelled() and batch.running.exception() is None
+        self._note_left(batch.rows if answered else 0)  # what failed is inside still, or says nothing of the pace
         if lane.batches:
             lane.batches[0].began = now
+            # Not what was foreseen when they were handed over: one that took longer has put off all behind it.
+            rest = sum(self.admission.cost.seconds(each.rows) for each in lane.batches)
+            lane.free_at = self._left_at + rest
         else:
             lane.free_at = 0.0
             self._idle += lane.drained is None
-            self._resting = self._resting or not (self._queue or self.recovery.rows)
             self._leave(lane)
 
     def _learn(self, batch: _Batch[In, Out], seconds: float) -> None:
@@ -456,6 +460,11 @@ class Batcher(Generic[In, Out]):
         elif isinstance(batch.running.exception(), InferenceFailed):
             self.recovery.grouping.took(seconds, self.admission.cost.seconds(batch.rows))
         (self.recovery.budget.earn if batch.trial.fresh else self.recovery.budget.spend)(seconds)
+
+    def _note_left(self, rows: int) -> None:
+        now = self._loop.time()
+        self.admission.flow.leave(rows, now - self._left_at)
+        self._left_at = now
 
     def _leave(self, lane: Lane[In, Out]) -> None:
         if lane.drained is not None and not lane.drained.done():

@@ -1,4 +1,4 @@
-"""Who is let in, and how large batches may be: as rules, and as a service under open-loop load in virtual time."""
+"""Which calls are let in, and how large batches may be: as rules, and as a service under load in virtual time."""
 
 from __future__ import annotations
 
@@ -65,30 +65,50 @@ class Outcome:
         return sorted(self.latencies)[int(len(self.latencies) * 0.99)]
 
 
-class Service:
-    """A batcher in front of a runner that takes a fixed time and a time per row."""
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a batch takes in truth: noisy, with one in fifty late, and more where many callers keep the loop busy."""
 
-    def __init__(self, *, seeded: bool = True, runners: int = 1) -> None:
+    fixed: float = FIXED_S
+    per_row: float = PER_ROW_S
+    noise: float = 0.0
+    contention: float = 0.0
+
+    def seconds(self, rows: int) -> float:
+        return self.fixed + self.per_row * rows
+
+    def drawn(self, rows: int, chance: random.Random) -> float:
+        if not self.noise:
+            return self.seconds(rows)
+        late = 3.0 if chance.random() < 0.02 else 1.0
+        return self.seconds(rows) * late * chance.lognormvariate(0, self.noise) + self.contention * chance.random()
+
+
+class Service:
+    """A batcher in front of runners that take a fixed time and a time per row."""
+
+    def __init__(self, *, seeded: bool = True, runners: int = 1, costs: Costs = Costs(), slo_s: float = SLO_S) -> None:
         self.loop = asyncio.get_running_loop()
+        self.costs, self.chance = costs, random.Random(1)
         self.slower = 1.0
         self.batcher: Batcher[int, int] = Batcher(
-            max_rows=256, queue_limit=10_000, slo_s=SLO_S, adaptive=True, clock=self.loop.time
+            max_rows=256, queue_limit=10_000, slo_s=slo_s, adaptive=True, clock=self.loop.time
         )
         if seeded:
-            self.batcher.admission.seed({rows: FIXED_S + PER_ROW_S * rows for rows in (1, 16, 256)})
+            self.batcher.admission.seed({rows: costs.seconds(rows) for rows in (1, 16, 256)})
+        self.full_rows = self.batcher.admission.max_rows if seeded else 175
         for _ in range(runners):
             lock = asyncio.Lock()
             self.batcher.add(lambda items, lock=lock: self.infer(items, lock), depth=2)  # type: ignore[misc]
 
     async def infer(self, items: list[int], lock: asyncio.Lock) -> list[int]:
         async with lock:
-            await asyncio.sleep(self.slower * (FIXED_S + PER_ROW_S * len(items)))
+            await asyncio.sleep(self.slower * self.costs.drawn(len(items), self.chance))
         return items
 
     @property
     def capacity(self) -> float:
-        rows = 175
-        return rows / (FIXED_S + PER_ROW_S * rows) / self.slower
+        return self.full_rows / self.costs.seconds(self.full_rows) / self.slower
 
     async def under(self, rate: float, seconds: float) -> Outcome:
         """Send calls at random moments, with a deadline of a second each."""
@@ -98,6 +118,20 @@ class Service:
             await asyncio.sleep(chance.expovariate(rate))
             tasks.append(asyncio.create_task(self.call(outcome)))
         await asyncio.gather(*tasks)
+        return outcome
+
+    async def closed_loop(self, callers: int, seconds: float) -> Outcome:
+        """Let so many callers ask one call after the other."""
+        outcome, end = Outcome(), self.loop.time() + seconds
+
+        async def caller() -> None:
+            while self.loop.time() < end:
+                refused = len(outcome.refusals)
+                await self.call(outcome)
+                if len(outcome.refusals) > refused:
+                    await asyncio.sleep(0.001)
+
+        await asyncio.gather(*(caller() for _ in range(callers)))
         return outcome
 
     async def call(self, outcome: Outcome) -> None:
@@ -138,6 +172,93 @@ def test_overload_keeps_the_answered_within_the_objective(run: Callable[..., Any
         assert sum(latency <= SLO_S for latency in outcome.latencies) >= 0.9 * capacity * 3.0
         assert outcome.slowest_refusal == 0.0
         assert all(0.0 < (error.retry_after or 0.0) < 1.0 for error in outcome.refusals)
+
+    run(scenario())
+
+
+SHAPES = {
+    "small": Costs(0.002, 0.00001),
+    "high fixed": Costs(0.02, 0.0001),
+    "mixed": Costs(),
+    "linear": Costs(0.0001, 0.001),
+}
+
+
+@pytest.mark.parametrize("slo_s", [SLO_S, 0.005])
+@pytest.mark.parametrize("contention", [0.0, 0.003], ids=["quiet", "contended"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_closed_loops_one_after_the_other_are_never_refused(
+    run: Callable[..., Any], shape: str, contention: float, slo_s: float
+) -> None:
+    """Below capacity no caller of a closed loop is refused, whatever the objective, the noise and the loops before."""
+    costs = dataclasses.replace(SHAPES[shape], noise=0.15, contention=contention)
+
+    async def scenario() -> None:
+        service = Service(costs=costs, slo_s=slo_s)
+        for callers in (1, 8, 64, 256, 8, 64):
+            outcome = await service.closed_loop(callers, 0.3)
+            assert outcome.refusals == [], callers
+            if 3 * callers / service.capacity < SLO_S == slo_s:
+                assert sum(latency <= slo_s for latency in outcome.latencies) >= 0.97 * len(outcome.latencies)
+
+    run(scenario())
+
+
+def test_callers_who_join_a_closed_loop_are_not_refused(run: Callable[..., Any]) -> None:
+    """Two hundred callers who come at once to a queue that stands for longer than the objective are a burst."""
+
+    async def scenario() -> None:
+        service = Service(costs=SHAPES["linear"])
+        first = asyncio.create_task(service.closed_loop(100, 3.0))
+        await asyncio.sleep(1.5)
+        joined = await service.closed_loop(200, 1.5)
+        assert (await first).refusals == joined.refusals == []
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.15], ids=["steady", "noisy"])
+@pytest.mark.parametrize("load", [0.5, 0.8, 0.95, 1.25, 2.5])
+@pytest.mark.parametrize("shape", ["mixed", "linear"])
+def test_open_loops_get_what_there_is(run: Callable[..., Any], shape: str, load: float, noise: float) -> None:
+    """From second 0 on, what is answered in time is all of the load or nearly all of the capacity."""
+
+    async def scenario() -> None:
+        service = Service(costs=dataclasses.replace(SHAPES[shape], noise=noise))
+        capacity = service.capacity / (1.05 if noise else 1.0)  # what the late batches cost
+        outcome = await service.under(load * capacity, 1.5)
+        in_time = sum(latency <= SLO_S for latency in outcome.latencies)
+        if load < 0.9:
+            assert outcome.refusals == []
+        assert in_time >= (0.88 if noise else 0.95) * min(load, 1.0) * capacity * 1.5
+        assert noise or outcome.p99 <= 1.1 * SLO_S
+
+    run(scenario())
+
+
+def test_a_burst_before_an_overload_is_worked_off(run: Callable[..., Any]) -> None:
+    """A burst may use the time its callers have; the overload that follows it does not keep its queue."""
+
+    async def scenario() -> None:
+        service, burst = Service(), Outcome()
+        crowd = asyncio.gather(*(service.call(burst) for _ in range(2000)))
+        await service.under(1.5 * service.capacity, 1.5)
+        outcome = await service.under(1.5 * service.capacity, 2.0)
+        assert sum(latency <= SLO_S for latency in outcome.latencies) >= 0.95 * service.capacity * 2.0
+        await crowd
+
+    run(scenario())
+
+
+def test_a_cost_learned_at_another_load_refuses_no_call_that_will_be_in_time(run: Callable[..., Any]) -> None:
+    """Batches believed to take ten times as long as they do: the pace at which rows leave says better."""
+
+    async def scenario() -> None:
+        service = Service()
+        service.batcher.admission.seed({rows: 10 * service.costs.seconds(rows) for rows in (1, 16, 256)})
+        outcome = await service.under(0.6 * service.capacity, 2.0)
+        assert outcome.refusals == []
+        assert outcome.p99 <= SLO_S
 
     run(scenario())
 
