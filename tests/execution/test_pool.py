@@ -545,6 +545,15 @@ async def crowd(pool: Pool, callers: int, seconds: float) -> None:
     await asyncio.gather(*(caller() for _ in range(callers)))
 
 
+async def stream(pool: Pool, per_second: int, seconds: float) -> None:
+    """Send so many rows a second, whatever becomes of the ones before."""
+    calls = []
+    for _ in range(int(per_second * seconds)):
+        calls.append(asyncio.create_task(outcome(pool, 1.0, timeout_s=60.0)))
+        await asyncio.sleep(1 / per_second)
+    await asyncio.gather(*calls)
+
+
 def test_a_pool_grows_under_load_and_shrinks_after_minutes_of_quiet(run: Callable[..., Any]) -> None:
     """More than 50 waiting rows bring a further replica, proven first; three quiet minutes take it away again."""
 
@@ -701,7 +710,7 @@ def test_refused_calls_count_as_demand(run: Callable[..., Any]) -> None:
         world.batch_s = 0.05
         pool = world.pool(smallest=1, largest=2, max_rows=8, slo_s=0.1, scaling=SCALING)
         await pool.start(prove)
-        await crowd(pool, 100, 10.0)
+        await stream(pool, 400, 10.0)
         assert pool.status().batches.refused["late"] > 0
         assert world.living == 2
         await pool.stop()
