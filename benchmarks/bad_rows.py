@@ -113,7 +113,7 @@ async def _one(server: ms.AsyncModelServer, value: float, seen: Seen) -> None:
     elif value > 0:
         seen.errors[type(error).__name__] += 1
     # A client that was refused comes back when it may; no client sends its next row in no time.
-    await asyncio.sleep(error.retry_after if isinstance(error, ms.Overloaded) else 0.001)
+    await asyncio.sleep((error.retry_after or 0.0) if isinstance(error, ms.Overloaded) else 0.001)
 
 
 def _runs(server: ms.AsyncModelServer) -> int:

@@ -128,6 +128,7 @@ class FakeVersion:
     def __init__(self, meta: ModelVersion) -> None:
         self.meta = meta
         self.pool = FakePool()
+        self.warnings = ()
         self.unloaded = False
         self.busy: asyncio.Event | None = None
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from modelserve.asking import Askers
 from modelserve.errors import BackendUnavailable
 from modelserve.shared_reads import SharedReads
 
 
 @pytest.fixture
-async def executor() -> AsyncIterator[ThreadPoolExecutor]:
+async def executor() -> AsyncIterator[Askers]:
     """Threads enough for two reads at once."""
-    with ThreadPoolExecutor(2) as executor:
-        yield executor
+    executor = Askers(2, "modelserve-test")
+    yield executor
+    executor.shutdown()
 
 
-async def test_all_who_ask_at_once_share_one_read(executor: ThreadPoolExecutor) -> None:
+async def test_all_who_ask_at_once_share_one_read(executor: Askers) -> None:
     """Forty clients cost one read, and so do those that come while it is fresh."""
     reads, values = SharedReads[int](executor, lifetime_s=3600), iter(range(7, 99))
     assert await asyncio.gather(*(reads.get("a", next, values) for _ in range(40))) == [7] * 40
@@ -28,13 +29,13 @@ async def test_all_who_ask_at_once_share_one_read(executor: ThreadPoolExecutor) 
     assert await reads.get("b", next, values) == 8
 
 
-async def test_what_is_old_is_read_again(executor: ThreadPoolExecutor) -> None:
+async def test_what_is_old_is_read_again(executor: Askers) -> None:
     """After its lifetime a read counts no more."""
     reads = SharedReads[int](executor, lifetime_s=0)
     assert [await reads.get("a", lambda each=each: each) for each in range(3)] == [0, 1, 2]
 
 
-async def test_a_failure_is_shared_too(executor: ThreadPoolExecutor) -> None:
+async def test_a_failure_is_shared_too(executor: Askers) -> None:
     """A database that fails is not asked again by each client."""
     reads, calls = SharedReads[int](executor, lifetime_s=3600), []
 
@@ -48,7 +49,7 @@ async def test_a_failure_is_shared_too(executor: ThreadPoolExecutor) -> None:
     assert calls == [1]
 
 
-async def test_different_reads_take_one_thread(executor: ThreadPoolExecutor) -> None:
+async def test_different_reads_take_one_thread(executor: Askers) -> None:
     """However many pages clients ask for, one is read at a time, and few are kept."""
     reads, running, most = SharedReads[int](executor, lifetime_s=3600), threading.Semaphore(1), []
 
@@ -62,7 +63,7 @@ async def test_different_reads_take_one_thread(executor: ThreadPoolExecutor) -> 
     assert len(reads) <= 64
 
 
-async def test_a_caller_that_leaves_does_not_end_the_read(executor: ThreadPoolExecutor) -> None:
+async def test_a_caller_that_leaves_does_not_end_the_read(executor: Askers) -> None:
     """The read goes on for the others."""
     reads, may_end = SharedReads[int](executor), threading.Event()
     first = asyncio.create_task(reads.get("a", lambda: may_end.wait(30) and 7))

@@ -66,11 +66,22 @@ class Exporter:
             figures = self._figures()
             with contextlib.suppress(OSError):
                 try:
-                    async with asyncio.timeout(_LIMIT_S):
-                        await self._ask(shared.close, figures)
+                    await self._leave(shared, figures)
                 except RuntimeError:  # the interpreter exits and starts no threads any more
                     shared.close(figures)
         self._executor.shutdown(wait=False)
+
+    async def _leave(self, shared: SharedFigures, figures: Figures) -> None:
+        """Wait within the limit. A folder that does not answer by then is left, and its lock closed, when it does."""
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed by now
+                loop.call_soon_threadsafe(over.set)
+
+        self._executor.submit(shared.close, figures).add_done_callback(wake)
+        async with asyncio.timeout(_LIMIT_S):
+            await over.wait()
 
     async def _exchange(self, shared: SharedFigures, figures: Figures) -> None:
         """Write this process' figures and read the others', within the limit."""

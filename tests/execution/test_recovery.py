@@ -211,7 +211,7 @@ class Crowd:
                 assert not (row > 0 and isinstance(answer, InferenceFailed))
                 if began >= begin:
                     self._note(row, answer, took)
-                await asyncio.sleep(answer.retry_after if isinstance(answer, Overloaded) else 0.0005)
+                await asyncio.sleep((answer.retry_after or 0.0) if isinstance(answer, Overloaded) else 0.0005)
 
         await asyncio.gather(*(caller() for _ in range(60)))
         self.runs = len(self.model.batches)

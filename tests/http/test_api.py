@@ -212,13 +212,10 @@ def test_more_rows_than_the_queue_takes_are_refused(odd_server: ms.ModelServer, 
         ("GET", ""),
         ("GET", "/nothing"),
         ("POST", "/predict"),
-        ("GET", "/models/"),
         ("GET", "/models/nobody"),
-        ("GET", "/models/tiles/"),
         ("GET", "/MODELS"),
         ("GET", "//models"),
         ("GET", "/health"),
-        ("GET", "/openapi.json/"),
         ("GET", "/../models"),
     ],
 )
@@ -229,7 +226,7 @@ def test_there_is_nothing_elsewhere(call: Caller, method: str, path: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["", "nobody", "tiles/", "tiles ", "TILES", "../tiles", "tiles\0", "é", "a" * 5000, "%"]
+    "name", ["", "nobody", "tiles//", "tiles ", "TILES", "../tiles", "tiles\0", "é", "a" * 5000, "%"]
 )
 def test_models_that_are_not_served_are_not_found(call: Caller, name: str) -> None:
     """A name that is not served, down to the last character, is a 404."""
