@@ -8,8 +8,11 @@ model is called on the rows in the form in which its owner has them, by the meth
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +28,9 @@ from modelserve.signature.examination import plain
 from modelserve.signature.forms import is_frame, taken, with_column
 from modelserve.types import Array, Json, Row
 
+_log = logging.getLogger("modelserve")
 _MOST_ROWS: Final = 1024
+_ENOUGH_S: Final = 20.0  # no more rows are compared after that: a model may take a second for each
 _MOST_ELEMENTS: Final = 2**16
 _MOST_ALONE: Final = 64
 _FEW: Final = 8
@@ -44,6 +49,11 @@ class Rows:
     validated: list[Row]
     places: list[int]
 
+    def part(self, first: int, last: int) -> Rows:
+        """Return the rows from ``first`` to before ``last``."""
+        places = self.places[first:last]
+        return Rows(taken(self.given, range(first, first + len(places))), self.validated[first:last], places)
+
 
 def marks_to_try(signature: Signature, example: Any) -> Iterator[dict[str, str]]:
     """Give what may stand for a missing string in each input: what its field says, else what the example has.
@@ -59,14 +69,20 @@ def marks_to_try(signature: Signature, example: Any) -> Iterator[dict[str, str]]
 
 
 def require_same_as_given(
-    live: Model, served: Model, signature: Signature, example: Any, marks: Mapping[str, str]
+    live: Model,
+    served: Model,
+    signature: Signature,
+    example: Any,
+    marks: Mapping[str, str],
+    *,
+    now: Callable[[], float] = time.monotonic,
 ) -> None:
     """Raise ``InvalidInput`` that names the row, and the column if it can be found, where the two answer differently.
 
     ``live`` is called on the rows of the ``example`` as they are, ``served`` on what a request would make of them: on
-    up to 1,024 of them, and on each category of a frame's columns. Rows that no request could bring are left out.
-    Where the model does not answer rows in the form of the example, there is nothing to compare with. What a
-    missing string is to the model has to be known, or make no difference.
+    up to 1,024 of them, and on each category of a frame's columns, as far as 20 s by ``now`` go. Rows that no request
+    could bring are left out. Where the model does not answer rows in the form of the example, there is nothing to
+    compare with. What a missing string is to the model has to be known, or make no difference.
     """
     if not isinstance(live, AnswersAsGiven):
         return
@@ -74,14 +90,15 @@ def require_same_as_given(
     if not rows.validated:
         return
     proof = _Proof(live, served, signature, marks)
-    if not proof.compare(rows):  # one row that the model does not take speaks for no other
-        for each in _one_by_one(rows):
-            proof.compare(each)
-    for each in _of_each_category(signature, rows):
-        proof.compare(each)
+    few, *more = _parts(rows)
+    ends = now() + _ENOUGH_S
+    for part in _in_time(chain([few], _of_each_category(signature, few), more), ends, now):
+        if not proof.compare(part):  # one row that the model does not take speaks for no other
+            for each in _one_by_one(part):
+                proof.compare(each)
     for field in _gappy(signature):
         if field.name not in marks:
-            _require_no_difference_of_marks(live, field, rows)
+            _require_no_difference_of_marks(live, field, rows if now() < ends else few)
 
 
 # -- the rows ----------------------------------------------------------------------------------------------
@@ -101,6 +118,27 @@ def _servable(signature: Signature, example: Any) -> Rows:
             continue
     places = [place for place, _ in kept]
     return Rows(taken(example, places), [row for _, row in kept], places)
+
+
+def _parts(rows: Rows) -> Iterator[Rows]:
+    """Give the rows in parts, each as long as all before it: how long one takes shows before the next is begun."""
+    first, last = 0, _FEW
+    while first < len(rows.places):
+        yield rows.part(first, last)
+        first, last = last, 2 * last
+
+
+def _in_time(parts: Iterable[Rows], ends: float, now: Callable[[], float]) -> Iterator[Rows]:
+    """Give the first part, and the others until time is up."""
+    compared = 0
+    for part in parts:
+        if compared and now() >= ends:
+            _log.warning(
+                "shortened: the model is slow, and was compared with what is served on %d rows of the example", compared
+            )
+            return
+        yield part
+        compared += len(part.places)
 
 
 def _one_by_one(rows: Rows) -> Iterator[Rows]:

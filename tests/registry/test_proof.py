@@ -18,6 +18,8 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardSc
 from sklearn.tree import DecisionTreeClassifier
 
 import modelserve as ms
+from modelserve.registry.proof import require_same_as_given
+from modelserve.types import Array, Columns
 
 Served = Callable[..., list[Any]]
 NULLABLE = [ms.Field("city", "string", nullable=True), ms.Field("plan", "string", nullable=True)]
@@ -248,3 +250,48 @@ def test_a_column_transformer_keeps_taking_more_columns_than_it_needs(served: Se
     model.fit(NUMBERS, IS_LARGER)
     more = NUMBERS[["b", "c d", "a"]].assign(e=1.0)
     assert served(model, more, example=more) == model.predict(NUMBERS).tolist()
+
+
+# -- how long it takes -------------------------------------------------------------------------------------
+
+
+class _Slow:
+    """A model that takes a second of the test's own clock for each row, and knows one row by a number."""
+
+    def __init__(self, odd: float | None = None) -> None:
+        self.clock = 0.0
+        self._odd = odd
+
+    def infer(self, columns: Columns) -> dict[str, Array]:
+        """Answer a batch."""
+        return self._answers(columns["n"])
+
+    def answer_as_given(self, example: pd.DataFrame) -> dict[str, Array]:
+        """Answer the rows of a frame, one of them otherwise than in a batch."""
+        own = self._answers(example["n"].to_numpy(dtype=float))
+        own["prediction"][example["n"] == self._odd] = -1.0
+        return own
+
+    def _answers(self, numbers: Array) -> dict[str, Array]:
+        self.clock += len(numbers)
+        return {"prediction": numbers * 2}
+
+    def prove(self, rows: pd.DataFrame) -> None:
+        """Prove it on rows, by its own clock."""
+        require_same_as_given(self, self, ms.Signature.infer(rows), rows, {}, now=lambda: self.clock)
+
+
+def test_a_slow_model_is_proven_on_fewer_rows(caplog: pytest.LogCaptureFixture) -> None:
+    """A model of a second a row is registered in half a minute with a long example, and the log says what it saw."""
+    model = _Slow()
+    model.prove(pd.DataFrame({"n": np.arange(4000.0), "k": pd.Categorical(np.arange(4000) % 32)}))
+    assert model.clock <= 60
+    assert "shortened: " in caplog.text
+
+
+def test_a_quick_model_is_proven_on_all_rows() -> None:
+    """Rows are compared in growing parts: a difference in the last one is found, under its own number."""
+    model = _Slow(odd=2.0)
+    rows = pd.DataFrame({"n": [0.0] * 1023 + [2.0]})
+    with pytest.raises(ms.InvalidInput, match="row 1023 of the example"):
+        require_same_as_given(model, model, ms.Signature.infer(rows), rows, {}, now=lambda: 0.0)
