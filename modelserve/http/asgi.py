@@ -48,7 +48,7 @@ class AsgiFace:
             raise TypeError(msg)
         self._server = server
         self._api = Api(server, routes)
-        self._started = Starter(server)
+        self._started = Starter.of(server)
         self._prefix = f"/{prefix.strip('/')}" if prefix.strip("/") else ""
         self._otherwise = otherwise
         self._max_body_bytes = max_body_bytes

@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import Future
 from contextvars import Context
 from typing import Final
+from weakref import WeakValueDictionary
 
 from modelserve.errors import NotRunning
 from modelserve.loops import PrivateLoop, elsewhere
@@ -37,6 +38,11 @@ class Starter:
         self._watching: asyncio.Task[None] | None = None
         self._ended: asyncio.AbstractEventLoop | None = None
         self._has_left: Future[None] = Future()
+
+    @classmethod
+    def of(cls, server: AsyncModelServer) -> Starter:
+        """Return the one of a server: its mounts have to know of one another's starts."""
+        return _starters.setdefault(server, cls(server))
 
     async def __call__(self) -> None:
         """Return once the server is started. Raises ``NotRunning`` for one that was closed, and what a start raises."""
@@ -84,3 +90,6 @@ class Starter:
                     await self._server.close()
                 finally:
                     self._has_left.set_result(None)
+
+
+_starters: Final[WeakValueDictionary[AsyncModelServer, Starter]] = WeakValueDictionary()

@@ -361,6 +361,17 @@ async def test_a_host_whose_startup_fails_is_not_overruled(server: ms.AsyncModel
 # -- paths -------------------------------------------------------------------------------------------------
 
 
+def test_two_mounts_of_one_server_in_a_loop_for_each_request(
+    server: ms.AsyncModelServer, told: Callable[[], list[str]]
+) -> None:
+    """What one mount has started, and its loop has ended, the other goes on with."""
+    app = Starlette(routes=[Mount("/one", ms.asgi(server)), Mount("/two", ms.asgi(server, routes="predict"))])
+    client = TestClient(app)
+    statuses = [client.post(f"/{mount}/predict/m", content=BODY).status_code for mount in ("one", "two") * 4]
+    assert statuses == [200] * 8
+    assert told() == [LATE, AGAIN]
+
+
 async def test_a_slash_at_the_end_is_forgiven(server: ms.AsyncModelServer) -> None:
     """Routers that put one there, and clients that do, reach the same route."""
     app = mounted(server)
