@@ -6,6 +6,7 @@ import contextlib
 import os
 import sqlite3
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ _DRIVERS: Final = {
     "postgresql+psycopg": "postgresql+psycopg",
 }
 _SECRETS: Final = frozenset({"password", "sslpassword"})
+_SET_UP_LIMIT_S: Final = 5.0  # of the first connection, for which SQLAlchemy lets all other threads wait
 _PATIENCE: Final = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -55,6 +57,8 @@ class Database:
             self._engine = _engine(self.url)
         except (sa.exc.ArgumentError, ValueError, TypeError):  # the cause is left out, as above: it may quote the URL
             raise ConfigError(f"the {whose}'s URL has an option that cannot be used") from None
+        self._set_up_since: float | None = None
+        self._is_set_up = False
         self._pid = os.getpid()
         self._inherited: list[Pool] = []
         self._schema_fits = False
@@ -143,12 +147,29 @@ class Database:
     @contextlib.contextmanager
     def _transaction(self, *, write: bool) -> Iterator[sa.Connection]:
         self._leave_inherited_connections()
-        with (
-            _our_errors(self._backend),
-            self._engine.connect().execution_options(modelserve_write=write) as connection,
-            connection.begin(),
-        ):
-            yield connection
+        self._replace_hanging_engine()
+        engine = self._engine
+        try:
+            with (
+                _our_errors(self._backend),
+                engine.connect().execution_options(modelserve_write=write) as connection,
+                connection.begin(),
+            ):
+                self._is_set_up = self._is_set_up or engine is self._engine
+                yield connection
+        finally:
+            if engine is not self._engine:
+                engine.dispose()
+
+    def _replace_hanging_engine(self) -> None:
+        """Begin anew with an engine whose first connection hangs: all others would wait for it as long as it does."""
+        now = time.monotonic()
+        if self._is_set_up or self.url.drivername == "sqlite":
+            return
+        if self._set_up_since is None:
+            self._set_up_since = now
+        elif now - self._set_up_since > _SET_UP_LIMIT_S:
+            self._engine, self._set_up_since = _engine(self.url), now
 
     def _leave_inherited_connections(self) -> None:
         if self._pid == os.getpid():

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sqlite3
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import TypeAlias
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
 from modelserve.errors import BackendUnavailable, ConfigError, MissingDependency, SchemaOutdated
 from modelserve.registry import Registry, database
@@ -296,3 +298,32 @@ def test_a_database_that_is_expected_is_not_created_by_readers(registry_url: str
             pass
         with database.read():
             pass
+
+
+def test_a_first_connection_that_hangs_keeps_no_others(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLAlchemy sets an engine up at its first connection, under a lock that is not held forever."""
+    set_up: Callable[[PGDialect_psycopg, sa.Connection], None] = PGDialect_psycopg.initialize
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def hanging(dialect: PGDialect_psycopg, connection: sa.Connection) -> None:
+        if not begun.is_set():
+            begun.set()
+            assert goes_on.wait(30)
+        set_up(dialect, connection)
+
+    def ask() -> int | None:
+        with rows.read() as connection:
+            return connection.scalar(sa.select(1))
+
+    monkeypatch.setattr(PGDialect_psycopg, "initialize", hanging)
+    monkeypatch.setattr(database, "_SET_UP_LIMIT_S", 0.0)
+    rows = Database(postgres_url)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ask)
+        assert begun.wait(30)
+        try:
+            assert threads.submit(ask).result(timeout=20) == 1
+        finally:
+            goes_on.set()
+        assert first.result(timeout=20) == 1
+    rows.close()
