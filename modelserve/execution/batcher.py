@@ -339,6 +339,7 @@ class Batcher(Generic[In, Out]):
 
     def _take(self, lane: Lane[In, Out]) -> Trial[In, Out] | None:
         """Take the next batch: of what is to be run again as far as that has its turn, else of the queue."""
+        self._set_tainted_apart()
         return (self._take_again(lane) if self.recovery.rows else None) or self._take_fresh()
 
     def _take_again(self, lane: Lane[In, Out]) -> Trial[In, Out] | None:
@@ -353,11 +354,14 @@ class Batcher(Generic[In, Out]):
             return True
         return any(other is not lane and not other.at_risk for other in self._lanes)
 
-    def _take_fresh(self) -> Trial[In, Out] | None:
-        if self._queue and self._queue[0].tainted:  # only of the first in the queue can there be rows that ran
+    def _set_tainted_apart(self) -> None:
+        """Take what is left of a call with a bad row out of the queue; only of the first call can rows have run."""
+        if self._queue and self._queue[0].tainted:
             call = self._queue.popleft()
             self.waiting -= len(call.items) - call.taken
             self.recovery.run_apart([(call, call.taken, len(call.items))])
+
+    def _take_fresh(self) -> Trial[In, Out] | None:
         if not self._queue or self._held_back():
             return None
         return Trial(self._take_queued(), fresh=True)

@@ -105,15 +105,16 @@ class _Shelf(Generic[In, Out]):
 
     def next(self, now: float, most: int) -> tuple[Parts[In, Out], Parts[In, Out] | None] | None:
         """Take what has waited longest: half of a group, and its rest, or of what was released."""
-        while self.at_fault:
-            group = min(self.at_fault, key=_entered)
-            if self.released and self.released[0][0].entered < _entered(group):
-                break
+        while self.at_fault or self.released:
+            group = min(self.at_fault, key=_entered, default=None)
+            if group is None or (self.released and self.released[0][0].entered < _entered(group)):
+                if parts := self._some_released(now, most):
+                    return parts, None
+                continue
             self.at_fault.remove(group)
             if parts := self._leave(group, now):
                 return halve(parts, max(1, rows_of(parts) // 2))
-        parts = self._some_released(now, most)
-        return (parts, None) if parts else None
+        return None
 
     def _some_released(self, now: float, most: int) -> Parts[In, Out]:
         found: Parts[In, Out] = []

@@ -148,6 +148,21 @@ def test_a_bad_row_is_found_inside_a_call(run: Callable[..., Any]) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize(("rows", "bad"), [(3, {2}), (5, {1}), (8, {2, 3}), (7, {7})])
+def test_a_split_call_with_a_bad_row_is_answered_when_all_of_it_ran(
+    run: Callable[..., Any], rows: int, bad: set[int]
+) -> None:
+    """What is left in the queue of a call with a bad row is run although nothing else comes."""
+
+    async def scenario() -> None:
+        batcher = batcher_of(Recorder(bad=list(bad)), max_rows=2)
+        results = await batcher.submit(range(1, rows + 1), FAR)
+        assert [i for i, each in enumerate(results, 1) if isinstance(each, InferenceFailed)] == sorted(bad)
+        assert asyncio.get_running_loop().time() < 0.2
+
+    run(scenario())
+
+
 def test_other_errors_are_not_bisected_and_not_shared(run: Callable[..., Any]) -> None:
     """An error that is not the model's goes to every row at once, as an exception of its own for each."""
 
@@ -440,10 +455,17 @@ call = st.fixed_dictionaries(
     runners=st.integers(1, 3),
     max_rows=st.integers(1, 9),
     window=st.sampled_from([0.0, 0.02]),
+    fingerprint=st.sampled_from([None, hash]),
     seconds=st.sampled_from([0.0, 0.01, 0.2]),
 )
 def test_every_call_gets_exactly_its_own_answer(
-    calls: list[dict[str, Any]], bad: set[int], runners: int, max_rows: int, window: float, seconds: float
+    calls: list[dict[str, Any]],
+    bad: set[int],
+    runners: int,
+    max_rows: int,
+    window: float,
+    fingerprint: Any,
+    seconds: float,
 ) -> None:
     """Whatever comes, leaves, expires or fails: each call ends in time, with its own results or a typed error."""
     recorders = [Recorder(seconds, list(bad)) for _ in range(runners)]
@@ -461,13 +483,15 @@ def test_every_call_gets_exactly_its_own_answer(
             assert spec["leaves_after"] is not None
         except DeadlineExceeded:
             assert loop.time() >= arrived + spec["timeout"]
+            assert spec["timeout"] < FAR  # there is time to run each row alone
         else:
             for row, result in zip(spec["rows"], results, strict=True):
                 assert isinstance(result, InferenceFailed) if row in bad else result == 2 * row
         assert loop.time() <= arrived + spec["timeout"] + 0.02
 
     async def scenario() -> None:
-        batcher = batcher_of(*recorders, max_rows=max_rows, queue_limit=10_000, max_wait_s=window)
+        options = {"max_rows": max_rows, "queue_limit": 10_000, "max_wait_s": window, "fingerprint": fingerprint}
+        batcher = batcher_of(*recorders, **options)
         await asyncio.gather(*(one(batcher, spec) for spec in calls))
         await batcher.close()
         assert batcher.waiting == 0

@@ -122,6 +122,24 @@ def test_beyond_the_budget_a_full_batch_goes_first_until_the_search_is_pressing(
     run(scenario())
 
 
+def test_rows_that_left_do_not_hide_those_that_wait(run: Run) -> None:
+    """Where all that was released has left, the group behind it is searched at once."""
+
+    async def scenario() -> None:
+        recovery: Recovery[int, int] = Recovery()
+        gone, first, second = (
+            Call([1], FAR, entered, asyncio.get_running_loop().create_future()) for entered in (0.0, 1.0, 1.0)
+        )
+        recovery.release([(gone, 0, 1)])
+        recovery.failed(Trial([(first, 0, 1), (second, 0, 1)], fresh=True))
+        gone.future.cancel()
+        trial = recovery.next(2.0, 8, waiting=0)
+        assert trial is not None
+        assert trial.parts == [(first, 0, 1)]
+
+    run(scenario())
+
+
 def test_rows_of_a_call_with_a_bad_row_wait_until_nothing_else_does(run: Run) -> None:
     """The other rows of a call that had a bad one are likely to be bad: beyond the budget they go last."""
 
