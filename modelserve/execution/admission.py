@@ -90,14 +90,15 @@ class Admission:
         by_pace = running_s + self.flow.seconds(before * self.max_rows + runners * own)
         return by_pace if by_cost > _CONTRADICTED * by_pace else by_cost
 
-    def limit(self, left: float, *, growing: bool) -> float:
+    def limit(self, left: float, *, growing: bool, batch_s: float = 0.0) -> float:
         """Return in how many seconds a call has to be foreseen to be answered for it to be let in.
 
         That is the time left to its deadline, less a margin, and in a growing queue the objective as well, or at least
-        the next batch. (The two regimes are those of B. Maurer, "Fail at Scale", ACM Queue 13(8), 2015, after CoDel.)
+        the next batch, which may be known to take ``batch_s``. (The two regimes are those of B. Maurer, "Fail at
+        Scale", ACM Queue 13(8), 2015, after CoDel.)
         """
         limit = left * _MARGIN
-        return min(limit, max(self._slo_s * _WITHIN, 2 * self._full_s)) if growing else limit
+        return min(limit, max(self._slo_s * _WITHIN, 2 * max(batch_s, self._full_s))) if growing else limit
 
     def _adapt(self) -> None:
         cost = self.cost

@@ -43,11 +43,12 @@ _SLOW: Final = 4.0  # a batch within so many times its expected time may still e
 class _Batch(Generic[In, Out]):
     """Rows in the hands of a runner."""
 
-    __slots__ = ("began", "rows", "running", "trial")
+    __slots__ = ("began", "held", "rows", "running", "trial")
 
     def __init__(self, trial: Trial[In, Out], rows: int, began: float, running: asyncio.Future[Sequence[Out]]) -> None:
         self.trial = trial
         self.rows = rows
+        self.held = rows + rows_of(trial.rest or ())  # with those whose turn depends on how it ends
         self.began = began  # by the batcher's clock; for a staged batch: when the one before it ended
         self.running = running
 
@@ -114,6 +115,7 @@ class Batcher(Generic[In, Out]):
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_due = 0.0  # beside the handle, because uvloop's does not always know
         self._running = 0  # items in the hands of runners
+        self._held = 0  # with those whose turn depends on how these batches end
         self._left_at = self._loop.time()  # when a batch last ended, or the first one began after a rest
         self._closed = False
         self._sizes: Counter[int] = Counter()
@@ -255,16 +257,20 @@ class Batcher(Generic[In, Out]):
         """Raise ``Overloaded`` unless there is room and time. Whoever finds a runner idle is always let in."""
         if self.waiting + self.recovery.rows + rows > self._queue_limit:
             self._make_room(rows, now)
-        growing = self.admission.flow.enters(self.waiting + self.recovery.rows + self._running + rows, now)
+        growing = self.admission.flow.enters(self.waiting + self.recovery.rows + self._held + rows, now)
         if self._idle or not self._lanes:
             return
-        if self.recovery.grouping.failing and self.admission.cost.known:
-            self._refuse_unless_found_by(rows, deadline, now)
+        left = deadline - now
         foreseen = self._foreseen(rows, now, growing=growing)
-        if foreseen > self.admission.limit(deadline - now, growing=growing):
-            if growing:
-                self.admission.flow.refuses(now)
-            self._refuse("late", f"it would take {foreseen:.2g} s to answer, which is too late", foreseen)
+        searching_s = self._beyond_search(rows, left, growing=growing)
+        if searching_s <= 0.0 and foreseen <= self.admission.limit(left, growing=growing):
+            return
+        if growing:
+            self.admission.flow.refuses(now)
+        if searching_s > 0.0:
+            problem = f"rows fail, and it would take {searching_s:.2g} s too long to find them"
+            self._refuse("late", problem, searching_s)
+        self._refuse("late", f"it would take {foreseen:.2g} s to answer, which is too late", foreseen)
 
     def _make_room(self, rows: int, now: float) -> None:
         """Drop abandoned calls, or refuse."""
@@ -276,17 +282,6 @@ class Batcher(Generic[In, Out]):
             problem = f"the queue is full ({waiting} of {self._queue_limit} rows)"
             self._refuse("full", problem, self._foreseen(rows, now, growing=True))
 
-    def _refuse_unless_found_by(self, rows: int, deadline: float, now: float) -> None:
-        """While batches fail: refuse what would not be answered once the bad rows before it and beside it are found."""
-        grouping, cost = self.recovery.grouping, self.admission.cost
-        in_hand = sum(batch.rows + rows_of(batch.trial.rest or ()) for batch in self._batches())
-        before = self.waiting + self.recovery.ahead + in_hand
-        seconds = grouping.seconds_to_settle(before + rows, cost, self.admission.max_rows) / len(self._lanes)
-        excess = seconds - self.admission.limit(deadline - now, growing=False)
-        if excess > 0.0:
-            problem = f"rows fail, and it would take {seconds:.2g} s to find them, which is too late"
-            self._refuse("late", problem, excess)
-
     def _refuse(self, reason: str, problem: str, retry_after: float) -> None:
         """Say when the queue as it stands will have been answered: then there is room again."""
         self._refused[reason] += 1
@@ -297,6 +292,23 @@ class Batcher(Generic[In, Out]):
         busy_s = max(0.0, min((lane.free_at for lane in self._lanes), default=now) - now)
         wait = Wait(rows, self.waiting, self._running, len(self._lanes), busy_s, now - self._left_at, growing)
         return self.admission.foreseen(wait)
+
+    def _beyond_search(self, rows: int, left: float, *, growing: bool) -> float:
+        """Return how many seconds too late a call would be, once the bad rows before it and beside it are found.
+
+        That it meets its deadline has to be almost certain; in a growing queue that it meets the objective, likely,
+        unless the search of the next batch alone takes that long.
+        """
+        grouping, admission = self.recovery.grouping, self.admission
+        if not (grouping.failing and admission.cost.known):
+            return 0.0
+        rows += self.waiting + self.recovery.ahead + self._held
+        settle = partial(grouping.seconds_to_settle, cost=admission.cost, together=admission.max_rows)
+        beyond = settle(rows) / len(self._lanes) - admission.limit(left, growing=False)
+        if growing:
+            limit = admission.limit(left, growing=True, batch_s=settle(admission.max_rows, sure=False))
+            beyond = max(beyond, settle(rows, sure=False) / len(self._lanes) - limit)
+        return beyond
 
     # -- from queue to runner ------------------------------------------------------------------------------
 
@@ -406,6 +418,7 @@ class Batcher(Generic[In, Out]):
             self._left_at = now
         self._running += rows
         batch = _Batch(trial, rows, self._clock(), self._begin(lane, items))
+        self._held += batch.held
         lane.batches.append(batch)
         lane.free_at = max(lane.free_at, now) + self.admission.cost.seconds(rows)
         if batch.running.done():
@@ -445,6 +458,7 @@ class Batcher(Generic[In, Out]):
             self._learn(batch, now - batch.began)
         lane.batches.remove(batch)
         self._running -= batch.rows
+        self._held -= batch.held
         answered = not batch.running.cancelled() and batch.running.exception() is None
         self._note_left(batch.rows if answered else 0)  # what failed is inside still, or says nothing of the pace
         if lane.batches:

@@ -19,7 +19,8 @@ _MEMORY: Final = 15 / 16  # of what was counted is kept at each further bad row:
 _MOST_ROWS: Final = 1000.0  # that are remembered: so many good rows later, a bad one counts a third
 _PRIOR_ROWS: Final = 100.0  # a first bad row is taken for one in so many
 _NEGLIGIBLE: Final = 0.01  # of a bad row remembered: there are none any more
-_SIGMAS: Final = 2.5
+_SURE_SIGMAS: Final = 2.5
+_LIKELY_SIGMAS: Final = 1.0
 _RATIO_STEP: Final = 0.1
 _MOST_RATIO: Final = 10.0
 _BROKEN: Final = 8  # rows that failed alone and none that ran in between: that is the model, and not the rows
@@ -95,14 +96,14 @@ class Grouping:
         best = min(_sizes(most), key=lambda rows: self._seconds_a_row(cost, rows))
         return max(1, best >> 2 * max(0, self._lone - 1))  # gallops down where one row after the other fails
 
-    def seconds_to_settle(self, rows: int, cost: CostModel, together: int) -> float:
-        """Return in what time of a runner so many rows are almost certainly answered, so many ``together`` in a batch.
+    def seconds_to_settle(self, rows: int, cost: CostModel, together: int, *, sure: bool = True) -> float:
+        """Return in what time of a runner so many rows are answered, so many ``together``: almost ``sure`` or likely.
 
         That lies some standard deviations above the mean: a bad row more among them is a search more.
         """
         if not self._bad:
             return 0.0
-        searches = _SIGMAS * math.sqrt(self.share * rows)
+        searches = (_SURE_SIGMAS if sure else _LIKELY_SIGMAS) * math.sqrt(self.share * rows)
         return rows * self._seconds_a_row(cost, together) + searches * self._search_s(cost, together)
 
     def _seconds_a_row(self, cost: CostModel, rows: int) -> float:

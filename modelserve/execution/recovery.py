@@ -161,7 +161,7 @@ class Recovery(Generic[In, Out]):
     @property
     def ahead(self) -> int:
         """Rows that may go before those of the queue."""
-        return self._shelf.rows + sum(rows_of(trial.parts) for trial in self._unbegun)
+        return self._shelf.rows + sum(rows_of(trial.parts) + rows_of(trial.rest or ()) for trial in self._unbegun)
 
     @property
     def rows(self) -> int:

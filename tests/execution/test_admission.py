@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from modelserve.errors import Overloaded
+from modelserve.errors import InferenceFailed, Overloaded
 from modelserve.execution.admission import Admission
 from modelserve.execution.batcher import Batcher
 from modelserve.testing.clock import VirtualTimeLoop
@@ -57,6 +57,7 @@ class Outcome:
     """What the calls of a run came to."""
 
     latencies: list[float] = dataclasses.field(default_factory=list)
+    failures: int = 0
     refusals: list[Overloaded] = dataclasses.field(default_factory=list)
     slowest_refusal: float = 0.0
 
@@ -85,10 +86,19 @@ class Costs:
 
 
 class Service:
-    """A batcher in front of runners that take a fixed time and a time per row."""
+    """A batcher in front of runners that take a fixed time and a time per row, and fail on a share of ``bad`` rows."""
 
-    def __init__(self, *, seeded: bool = True, runners: int = 1, costs: Costs = Costs(), slo_s: float = SLO_S) -> None:
+    def __init__(
+        self,
+        *,
+        seeded: bool = True,
+        runners: int = 1,
+        costs: Costs = Costs(),
+        slo_s: float = SLO_S,
+        bad: float = 0.0,
+    ) -> None:
         self.loop = asyncio.get_running_loop()
+        self.bad, self.faults = bad, random.Random(2)
         self.costs, self.chance = costs, random.Random(1)
         self.slower = 1.0
         self.batcher: Batcher[int, int] = Batcher(
@@ -104,6 +114,8 @@ class Service:
     async def infer(self, items: list[int], lock: asyncio.Lock) -> list[int]:
         async with lock:
             await asyncio.sleep(self.slower * self.costs.drawn(len(items), self.chance))
+        if min(items) < 0:
+            raise InferenceFailed("unknown category")
         return items
 
     @property
@@ -137,12 +149,15 @@ class Service:
     async def call(self, outcome: Outcome) -> None:
         began = self.loop.time()
         try:
-            await self.batcher.submit([1], began + 1.0)
+            (answer,) = await self.batcher.submit([-1 if self.faults.random() < self.bad else 1], began + 1.0)
         except Overloaded as error:
             outcome.refusals.append(error)
             outcome.slowest_refusal = max(outcome.slowest_refusal, self.loop.time() - began)
         else:
-            outcome.latencies.append(self.loop.time() - began)
+            if isinstance(answer, InferenceFailed):
+                outcome.failures += 1
+            else:
+                outcome.latencies.append(self.loop.time() - began)
 
 
 @pytest.mark.parametrize("seeded", [True, False], ids=["warmed up", "from cold"])
@@ -232,6 +247,37 @@ def test_open_loops_get_what_there_is(run: Callable[..., Any], shape: str, load:
             assert outcome.refusals == []
         assert in_time >= (0.88 if noise else 0.95) * min(load, 1.0) * capacity * 1.5
         assert noise or outcome.p99 <= 1.1 * SLO_S
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("callers", [8, 64, 256])
+@pytest.mark.parametrize("shape", ["mixed", "linear", "small"])
+def test_bad_rows_in_a_closed_loop_refuse_no_caller(run: Callable[..., Any], shape: str, callers: int) -> None:
+    """Two rows of a hundred at fault: rows that are searched are inside as well, and no queue grows."""
+
+    async def scenario() -> None:
+        service = Service(costs=SHAPES[shape], bad=0.02)
+        outcome = await service.closed_loop(callers, 1.0)
+        assert outcome.refusals == []
+        assert outcome.failures
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("load", [1.25, 2.5])
+@pytest.mark.parametrize("shape", ["mixed", "linear"])
+def test_overload_with_bad_rows_gets_what_their_search_leaves(run: Callable[..., Any], shape: str, load: float) -> None:
+    """One row of a hundred at fault: in time is answered most of what a closed loop of callers gets answered."""
+
+    async def scenario() -> None:
+        possible = len((await Service(costs=SHAPES[shape], bad=0.01).closed_loop(64, 4.0)).latencies)
+        service = Service(costs=SHAPES[shape], bad=0.01)
+        outcome = await service.under(load * service.capacity, 4.0)
+        in_time = sum(latency <= SLO_S for latency in outcome.latencies)
+        assert in_time >= 0.75 * possible
+        assert sorted(outcome.latencies)[len(outcome.latencies) // 2] <= SLO_S
+        assert outcome.slowest_refusal == 0.0
 
     run(scenario())
 
