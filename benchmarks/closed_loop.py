@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -84,6 +85,7 @@ async def _serving(network: Network, executor: str) -> AsyncIterator[ms.AsyncMod
         registry.promote("m", "1")
         options = ms.ModelOptions(executor=executor, **network.allowed)  # type: ignore[arg-type]  # one of its literals
         async with ms.AsyncModelServer(registry, {"m": options}, cache_dir=Path(folder) / "cache") as server:
+            gc.freeze()  # as docs/how-to/deploy.md advises: a full collection stops the loop for longer than the SLO
             yield server
 
 

@@ -20,7 +20,7 @@ import modelserve as ms
 from benchmarks._common import Budget, arguments, machine, open_registry, percentile, print_table, report
 from benchmarks._models import Sleeper
 
-LOADS: Final = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
+LOADS: Final = (0.5, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 SLO_S: Final = 0.1
 ROWS: Final = {"x": [1.0]}
 
