@@ -23,7 +23,7 @@ import s3fs
 from benchmarks._common import Budget, alternate, arguments, machine, median, print_table, ratio, report
 from modelserve.artifacts import ArtifactStore, DiskCache, Lease
 from modelserve.contents import contents
-from modelserve.provision import Provision
+from modelserve.serving.provision import Provision
 from modelserve.types import Artifact
 from tests import servers
 

@@ -24,9 +24,9 @@ from sklearn.linear_model import LinearRegression
 import modelserve as ms
 from benchmarks._common import Budget, arguments, machine, median, open_registry, percentile, print_table, report
 from modelserve import plugins
-from modelserve.enrich import READS_AT_ONCE, Enricher
 from modelserve.events import Observers
 from modelserve.features.plan import FeaturePlan
+from modelserve.features.reader import READS_AT_ONCE, FeatureReader
 from modelserve.signature import Signature
 from tests import servers
 
@@ -147,16 +147,16 @@ async def reading(url: str) -> AsyncIterator[Any]:
     """The step of the request path: keys in, a row that the model takes out."""
     plan = FeaturePlan("m", Signature.infer(example()), declared(1000.0))
     store = plugins.features(url)
-    enricher = Enricher(store, "redis", Observers(), own=True)
-    await enricher.start()
+    feature_reader = FeatureReader(store, "redis", Observers(), own=True)
+    await feature_reader.start()
     loop = asyncio.get_running_loop()
 
     async def ask(user: int) -> Any:
         request = plan.validate({"user_id": user, "item_id": user, "x": 0.5})
-        return (await enricher.enrich(plan, [request], "", loop.time() + 10))[1]
+        return (await feature_reader.enrich(plan, [request], "", loop.time() + 10))[1]
 
     yield ask
-    await enricher.close()
+    await feature_reader.close()
 
 
 @contextlib.asynccontextmanager

@@ -60,7 +60,7 @@ PATIENT: Final[dict[str, Any]] = {"timeout_ms": 60_000, "slo_ms": 30_000, "max_b
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Effort:
+class DownloadBudget:
     """How long each side is measured, and how often."""
 
     seconds: float
@@ -82,7 +82,9 @@ class Side:
 def main() -> None:
     """Measure, print, write."""
     quick = arguments(__doc__).parse_args().quick
-    effort, crowd = (Effort(0.2, 2), Effort(1.0, 2)) if quick else (Effort(1.0, 5), Effort(3.0, 3))
+    effort, crowd = (
+        (DownloadBudget(0.2, 2), DownloadBudget(1.0, 2)) if quick else (DownloadBudget(1.0, 5), DownloadBudget(3.0, 3))
+    )
     print(machine())
     batches, starts = [], []
     for make in (torch_mlp, torch_conv, keras_mlp, onnx_forest):
@@ -104,7 +106,7 @@ def main() -> None:
 # -- each framework ----------------------------------------------------------------------------------------
 
 
-def _framework(network: Network, effort: Effort) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _framework(network: Network, effort: DownloadBudget) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         registry = _registered(Path(name), network)
         sides = {
@@ -117,7 +119,7 @@ def _framework(network: Network, effort: Effort) -> tuple[list[dict[str, Any]], 
 
 
 def _batch_row(
-    network: Network, size: int, infer: Callable[[Any], Any], sides: dict[str, Side], effort: Effort
+    network: Network, size: int, infer: Callable[[Any], Any], sides: dict[str, Side], effort: DownloadBudget
 ) -> dict[str, Any]:
     batch = network.rows[:size]
     calls: dict[str, Callable[[], float]] = {
@@ -157,7 +159,7 @@ def _resident_mb(pid: int) -> float | str:
 # -- a forest, compiled ------------------------------------------------------------------------------------
 
 
-def _compiled(effort: Effort) -> list[dict[str, Any]]:
+def _compiled(effort: DownloadBudget) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         sides: dict[str, Side] = {}
         for name, network in _forests().items():
@@ -167,7 +169,7 @@ def _compiled(effort: Effort) -> list[dict[str, Any]]:
         return [_compiled_row(plain, size, sides, effort) for size in COMPILED_SIZES]
 
 
-def _compiled_row(plain: Network, size: int, sides: dict[str, Side], effort: Effort) -> dict[str, Any]:
+def _compiled_row(plain: Network, size: int, sides: dict[str, Side], effort: DownloadBudget) -> dict[str, Any]:
     batch = plain.rows[:size]
     calls: dict[str, Callable[[], float]] = {"bare": partial(_call_us, lambda: plain.bare(batch), effort.seconds)}
     calls |= {name: partial(_served_us, side, batch, effort.seconds) for name, side in sides.items()}
@@ -179,7 +181,7 @@ def _compiled_row(plain: Network, size: int, sides: dict[str, Side], effort: Eff
     )
 
 
-def _turning(network: Network, effort: Effort) -> list[dict[str, Any]]:
+def _turning(network: Network, effort: DownloadBudget) -> list[dict[str, Any]]:
     """Find out where compiling ends to gain: the more rows, the less the way to the numbers counts."""
     network = dataclasses.replace(network, register={"optimize": "onnx"})
     with tempfile.TemporaryDirectory() as name:
@@ -187,7 +189,7 @@ def _turning(network: Network, effort: Effort) -> list[dict[str, Any]]:
         return [_turning_row(network, size, infer, effort) for size in TURNING_SIZES]
 
 
-def _turning_row(network: Network, size: int, infer: Callable[[Any], Any], effort: Effort) -> dict[str, Any]:
+def _turning_row(network: Network, size: int, infer: Callable[[Any], Any], effort: DownloadBudget) -> dict[str, Any]:
     batch = np.resize(network.rows, (size, *network.rows.shape[1:]))
     calls = {"bare": lambda: network.bare(batch), "onnx": lambda: infer(batch)}
     found = alternate({name: partial(_call_us, call, effort.seconds) for name, call in calls.items()}, effort.rounds)
@@ -196,7 +198,7 @@ def _turning_row(network: Network, size: int, infer: Callable[[Any], Any], effor
     return row | {"bare / onnx": ratio(found["bare"], found["onnx"])}
 
 
-def _over_http(effort: Effort) -> list[dict[str, Any]]:
+def _over_http(effort: DownloadBudget) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         load = stack.enter_context(generator())
         servers: dict[str, Server] = {}
@@ -214,7 +216,7 @@ def _http_row(
     servers: dict[str, Server],
     requests: list[bytes],
     count: int,
-    effort: Effort,
+    effort: DownloadBudget,
 ) -> dict[str, Any]:
     def measure(server: Server) -> Any:
         outcome = load.submit(run, Load(server.port, requests, count, effort.seconds, 1000)).result()

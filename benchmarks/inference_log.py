@@ -36,14 +36,14 @@ from benchmarks._common import (
 )
 from modelserve.events import Served
 from modelserve.ids import uuid7_source
-from modelserve.monitor.inference_log import InferenceLog
-from modelserve.monitor.metrics import Metrics
-from modelserve.monitor.records import RecordMaker
-from modelserve.registry.log_table import LogTable
+from modelserve.monitor.log.records import RecordMaker
+from modelserve.monitor.log.writer import InferenceLog
+from modelserve.monitor.metrics.counters import Metrics
 from modelserve.signature import Field, Signature
+from modelserve.stores.inference_log import LogTable
 from modelserve.types import LogRecord
 from tests import servers
-from tests.versions import version_of
+from tests.serving.versions import version_of
 
 CALLERS: Final = 64
 STEADY_PER_S: Final = (1_000, 2_000)

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 import modelserve as ms
 from benchmarks._common import Budget, arguments, machine, print_table, report
-from modelserve.registry.tables import deployment, model_version
+from modelserve.database.tables import deployment, model_version
 from modelserve.testing.models import telltale
 from tests import servers
 from tests.tcp_proxy import TcpProxy, tcp_proxy

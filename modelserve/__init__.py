@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from modelserve.features import Features, FeatureWriter
     from modelserve.http.asgi import asgi
     from modelserve.http.wsgi import wsgi
-    from modelserve.importing import import_model
     from modelserve.registry import Registry
+    from modelserve.registry.importing import import_model
     from modelserve.server import AsyncModelServer
     from modelserve.signature import Field, Signature
     from modelserve.sync_server import ModelServer
@@ -62,7 +62,7 @@ _HOMES = {
     "features": ("FeatureWriter", "Features"),
     "http.asgi": ("asgi",),
     "http.wsgi": ("wsgi",),
-    "importing": ("import_model",),
+    "registry.importing": ("import_model",),
     "registry": ("Registry",),
     "server": ("AsyncModelServer",),
     "signature": ("Field", "Signature"),

@@ -258,10 +258,10 @@ class ForkedServer(ModelServeError):
 def failure_of(error: BaseException) -> InferenceFailed:
     """Return what the callers of a batch get for what the model raised."""
     kind = OutOfMemory if isinstance(error, MemoryError) else InferenceFailed
-    return kind(f"the model raised {in_words(error)}")
+    return kind(f"the model raised {describe(error)}")
 
 
-def in_words(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Return the kind of an error and its message, also of one that cannot say it."""
     try:
         return f"{type(error).__name__}: {error}"

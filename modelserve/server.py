@@ -19,10 +19,8 @@ from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
 from modelserve import plugins, signing
 from modelserve.artifacts import DOWNLOAD_LIMIT_S, DiskCache, default_cache_folder
-from modelserve.asking import Askers, answered
 from modelserve.caching import PredictionCache
 from modelserve.config import ModelOptions, Settings
-from modelserve.enrich import enricher_of
 from modelserve.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -32,21 +30,24 @@ from modelserve.errors import (
     NotReady,
     NotRunning,
     NotRunningState,
-    in_words,
+    describe,
 )
 from modelserve.events import Observer, Observers, Served
+from modelserve.features.reader import feature_reader_of
 from modelserve.ids import uuid7_source
-from modelserve.keeper import ModelStatus
-from modelserve.live import Live
-from modelserve.loading import LoadedVersion, Loader
-from modelserve.loops import elsewhere
-from modelserve.monitor.metrics import Counted
-from modelserve.monitor.watch import Watch
+from modelserve.monitor.metrics.counters import ComponentCounts
+from modelserve.monitor.telemetry import Telemetry
 from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
 from modelserve.registry import Registry
-from modelserve.shared_reads import SharedReads
+from modelserve.resilience.executor import DaemonExecutor, call_with_timeout
+from modelserve.resilience.shared_reads import SharedReads
+from modelserve.serving.loader import Loader
+from modelserve.serving.loops import elsewhere
+from modelserve.serving.model_reconciler import ModelStatus
+from modelserve.serving.reconciler import Reconciler
+from modelserve.serving.snapshots import Snapshots
+from modelserve.serving.version import LoadedVersion
 from modelserve.signature import AT_ONCE, Pieces
-from modelserve.snapshots import Snapshots
 from modelserve.turns import Steps, in_turns
 from modelserve.types import Json, LogStatus, ModelVersion, Prediction, Row, VersionPage
 
@@ -120,8 +121,12 @@ class AsyncModelServer:
         _refuse_unmeetable(self._models or {}, self._trusted_keys)
         self._snapshots = Snapshots(self._cache_dir, registry.shown_url)
         self._observers = Observers()
-        self._enricher = enricher_of(features, self._models or {}, self._observers)
-        self._watch = Watch(
+        self._feature_reader = feature_reader_of(
+            features,
+            {name: options.declared_features for name, options in (self._models or {}).items()},
+            self._observers,
+        )
+        self._telemetry = Telemetry(
             self._observers,
             self._models,
             log=None if log is False else registry.inference_log(log),
@@ -130,7 +135,7 @@ class AsyncModelServer:
             metrics=metrics,
             metrics_dir=metrics_dir,
         )
-        self._live: Live | None = None
+        self._live: Reconciler | None = None
         self._executors: tuple[Executor, ...] = ()
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -213,19 +218,19 @@ class AsyncModelServer:
                 limit_s = target.timeout_s if timeout_ms is None else timeout_ms / 1000
                 deadline = self._now() + limit_s
                 cache = self._predictions if target.cache_ttl_s else None
-                plan = None if self._enricher is None else target.plan
+                plan = None if self._feature_reader is None else target.plan
                 validate: Callable[[Any], Any] = target.signature.validate if plan is None else plan.validate
                 if len(instances) * target.signature.size <= AT_ONCE and type(instances) is not Pieces:
                     pending = _validated(target, validate, instances, where)
                 else:
                     pending = await _validated_in_turns(target, validate, instances, where)
-                if plan is None or self._enricher is None:
+                if plan is None or self._feature_reader is None:
                     rows = pending
                 else:
                     if cache is not None and target.request_key is not None:
                         known = await cache.look(target, list(map(target.request_key, pending)), deadline)
                     answered = () if known is None else known.answered
-                    rows, degraded = await self._enricher.enrich(plan, pending, where, deadline, answered)
+                    rows, degraded = await self._feature_reader.enrich(plan, pending, where, deadline, answered)
                 if cache is not None:
                     results, cached = await cache.answer(target, rows, deadline, known, degraded)
                 else:
@@ -301,17 +306,17 @@ class AsyncModelServer:
     @property
     def log_status(self) -> LogStatus | None:
         """What became of the rows that this process sampled for the inference log; None while there is no log."""
-        return self._watch.log_status
+        return self._telemetry.log_status
 
     @property
     def counts(self) -> bool:
         """Whether there are metrics."""
-        return self._watch.counts
+        return self._telemetry.counts
 
     async def metrics(self) -> bytes | None:
         """Return the metrics in Prometheus' text format; None when they are off."""
         self._live_now()
-        return await self._watch.figures()
+        return await self._telemetry.figures()
 
     def status_of(self, model_name: str) -> ModelStatus:
         """Return where one served model stands. Raises ``ModelNotFound``."""
@@ -320,7 +325,7 @@ class AsyncModelServer:
     async def versions(self, model_name: str) -> list[ModelVersion]:
         """Return the registered versions of a model, newest first, without blocking the loop."""
         self._live_now()
-        return await answered(self._sql, self.registry.versions, model_name)
+        return await call_with_timeout(self._sql, self.registry.versions, model_name)
 
     async def page(self, model_name: str, limit: int = 20, before: str | None = None) -> VersionPage:
         """Return a page of a model's versions, newest first: one read, a second old at most, for all who ask for it.
@@ -386,7 +391,7 @@ class AsyncModelServer:
         _log.error("lost: the event loop of the server has ended before close(); requests on their way got no answer")
         if self._live is not None:
             self._live.abandon()
-        self._watch.stop_observing()
+        self._telemetry.stop_observing()
         if self._cache is not None:
             self._cache.close()
         for executor in self._executors:
@@ -397,24 +402,26 @@ class AsyncModelServer:
     async def _open(self) -> None:
         self._now = self._loop.time
         self.new_request_id = uuid7_source()  # again, after any fork
-        self._sql = Askers(2, "modelserve-sql")
-        self._following = Askers(1, "modelserve-follow")  # its own: pages that are read must not hold up a rollback
+        self._sql = DaemonExecutor(2, "modelserve-sql")
+        self._following = DaemonExecutor(
+            1, "modelserve-follow"
+        )  # its own: pages that are read must not hold up a rollback
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load")
         self._starts = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-start")
-        self._disk = Askers(1, "modelserve-disk")
+        self._disk = DaemonExecutor(1, "modelserve-disk")
         self._executors = (self._sql, self._following, self._loads, self._starts, self._disk)
         self._pages = SharedReads[VersionPage](self._sql)
         try:
-            await self._watch.start(self.status, self._counted)
+            await self._telemetry.start(self.status, self._counted)
             self._predictions = PredictionCache.over(self._kept)
             if any(options.cache_ttl_s for options in (self._models or {}).values()):
                 await self._predictions.open()
-            if self._enricher is not None:
-                await self._enricher.start()
+            if self._feature_reader is not None:
+                await self._feature_reader.start()
             loader = await self._loop.run_in_executor(self._loads, self._open_loader)
             if await self._loop.run_in_executor(self._loads, self._snapshots.load):
                 self.registry.expect()
-            self._live = Live(
+            self._live = Reconciler(
                 self.registry,
                 loader,
                 self._following,
@@ -446,13 +453,13 @@ class AsyncModelServer:
         if self._cache is not None:
             self._cache.close()  # or the interpreter, when it exits, waits for a download that nobody wants
         if live is not None:
-            self._watch.close(live.status())
+            self._telemetry.close(live.status())
             await _ended(live.stop)
         if self._predictions is not None:
             await _ended(self._predictions.close)
-        if self._enricher is not None:
-            await _ended(self._enricher.close, _CLOSE_S)
-        await _ended(self._watch.stop)
+        if self._feature_reader is not None:
+            await _ended(self._feature_reader.close, _CLOSE_S)
+        await _ended(self._telemetry.stop)
         self._predictions = self._cache = None
         if live is not None and self._own_hints is not None:
             await _ended(partial(self._close_hints, self._own_hints))
@@ -467,9 +474,9 @@ class AsyncModelServer:
         await self._loop.run_in_executor(closing, hints.close)
         closing.shutdown(wait=False)
 
-    def _counted(self) -> Counted:
+    def _counted(self) -> ComponentCounts:
         """Return what the cache of predictions and that of artifacts have counted."""
-        return Counted(
+        return ComponentCounts(
             cache_rows={} if self._predictions is None else self._predictions.counts,
             cache_failures={} if self._predictions is None else self._predictions.failures,
             downloads={} if self._cache is None else self._cache.downloads,
@@ -490,7 +497,7 @@ class AsyncModelServer:
         if getattr(self, "_live", None) is not None:
             _warn(f"{type(self).__name__} was dropped without close()", ResourceWarning, source=self, stacklevel=2)
 
-    def _live_now(self) -> Live:
+    def _live_now(self) -> Reconciler:
         if self._live is None or self._closing is not None:
             raise self._not_running()
         return self._live
@@ -535,7 +542,7 @@ async def _ended(step: Callable[[], Coroutine[Any, Any, None]], limit_s: float |
         task.cancel()
         _log.error("closing: %s did not end within %g s", step, limit_s)
     elif not task.cancelled() and (error := task.exception()) is not None:
-        _log.error("closing: %s", in_words(error), exc_info=error)
+        _log.error("closing: %s", describe(error), exc_info=error)
 
 
 def from_settings(settings: Settings) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Any, Literal, Self, TypeVar
 
 from modelserve.artifacts import DOWNLOAD_LIMIT_S
 from modelserve.config import ModelOptions, Settings
-from modelserve.keeper import ModelStatus
-from modelserve.loops import PrivateLoop
 from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
 from modelserve.registry import Registry
 from modelserve.server import AsyncModelServer, from_settings
+from modelserve.serving.loops import PrivateLoop
+from modelserve.serving.model_reconciler import ModelStatus
 from modelserve.types import LogStatus, Prediction
 
 T = TypeVar("T")

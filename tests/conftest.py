@@ -12,12 +12,14 @@ from hypothesis import settings
 
 from modelserve.artifacts import transfer
 from modelserve.config import ModelOptions
-from modelserve.loading import LoadedVersion
+from modelserve.serving.version import LoadedVersion
 from tests import servers
 from tests.faulty_s3 import FaultyS3, behind_a_proxy
 
 settings.register_profile("modelserve", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("modelserve")
+
+pytest_plugins = ["tests.registries"]
 
 _MARK_OF_FIXTURE = {
     "own_postgres": "postgres",

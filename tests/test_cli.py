@@ -28,9 +28,10 @@ from typer.testing import CliRunner, Result
 import modelserve
 from modelserve import plugins
 from modelserve.cli.commands import app
-from modelserve.cli.reading import bytes_of, duration_of, read_table, rows_of
+from modelserve.cli.reading import bytes_of, duration_of, rows_of
 from modelserve.ports import CacheItem
 from modelserve.signature import columns_of, marks_in
+from modelserve.tabular import read_table
 
 ROOT = Path(modelserve.__file__).parents[1]
 ROWS = pd.DataFrame({"tenure": [1, 5, 40, 60], "spend": [0.5, 1.5, 2.5, 3.5]})

@@ -25,7 +25,7 @@ from modelserve.artifacts.holdings import OfThisProcess
 from modelserve.artifacts.layout import FileId, Layout, file_id
 from modelserve.artifacts.pruning import CacheEntry, Examined
 from modelserve.artifacts.store import ArtifactStore
-from modelserve.artifacts.transfer import DOWNLOAD_LIMIT_S, Effort
+from modelserve.artifacts.transfer import DOWNLOAD_LIMIT_S, DownloadBudget
 from modelserve.artifacts.trees import Trees
 from modelserve.artifacts.upkeep import Upkeep
 from modelserve.errors import BackendUnavailable, ConfigError
@@ -110,7 +110,7 @@ class DiskCache:
         """
         key = blob.key_of(artifact)
         process = self._of_this_process()
-        task = Task(store, Effort(self._download_limit_s, wait=partial(_wait, process.closing, given_up)))
+        task = Task(store, DownloadBudget(self._download_limit_s, wait=partial(_wait, process.closing, given_up)))
         with process.lock_of(key), _disk_errors():
             held = self._fetching.acquire(task, key, _MANIFEST_LIMIT if blob.is_manifest(key) else artifact.size)
             try:

@@ -39,7 +39,7 @@ class Eviction:
             found = list(self._layout.on_disk())
             self._free(found, sum(each.size for each in found) - self._max_bytes)
 
-    def make_room(self, key: str, size: int) -> None:
+    def lend_replica(self, key: str, size: int) -> None:
         """See to it that the disk can take so many bytes more. Only a cache that may evict does so for it.
 
         Raises ``BackendUnavailable`` that says how much is missing: before a download, which would end with the disk

@@ -13,7 +13,7 @@ from modelserve.artifacts.eviction import BACKEND, Eviction
 from modelserve.artifacts.holdings import OfThisProcess
 from modelserve.artifacts.layout import FileId, Layout, file_id, is_sound, touch
 from modelserve.artifacts.store import ArtifactStore
-from modelserve.artifacts.transfer import Effort
+from modelserve.artifacts.transfer import DownloadBudget
 from modelserve.errors import ArtifactCorrupt, BackendUnavailable
 
 _log = logging.getLogger("modelserve")
@@ -25,7 +25,7 @@ class Task(NamedTuple):
     """Where to fetch from, and how long one fetch may take in all."""
 
     store: ArtifactStore
-    effort: Effort
+    effort: DownloadBudget
 
 
 class Fetching:
@@ -60,7 +60,7 @@ class Fetching:
             if self._layout.path(key).exists():
                 return None
             files.sweep(self._layout.temp)
-            self._eviction.make_room(key, 0 if blob.is_manifest(key) else limit)
+            self._eviction.lend_replica(key, 0 if blob.is_manifest(key) else limit)
             return self._download(task, key, limit, get_on)
 
     def _download(self, task: Task, key: str, limit: int, get_on: Callable[[], None]) -> FileId | None:

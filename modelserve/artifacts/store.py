@@ -66,7 +66,7 @@ class ArtifactStore:
         self._put_data(data, blob.blob_key(sha256))
         return Artifact(key=blob.blob_key(sha256), sha256=sha256, size=size, format=format)
 
-    def read(self, key: str, effort: transfer.Effort | None = None) -> Generator[bytes, None, None]:
+    def read(self, key: str, effort: transfer.DownloadBudget | None = None) -> Generator[bytes, None, None]:
         """Read an object piece by piece. The bytes are not to be believed before their digest was checked.
 
         A connection that breaks is replaced and goes on where it broke, for as long as ``effort`` allows. Raises
@@ -76,7 +76,7 @@ class ArtifactStore:
         attempt = partial(self._attempt, key)
         with _translated(key):
             try:
-                yield from transfer.whole(attempt, key, effort or transfer.Effort())
+                yield from transfer.whole(attempt, key, effort or transfer.DownloadBudget())
             except FileNotFoundError as error:
                 raise LoadFailed(f"the artifact store has no {key}") from error
 

@@ -28,7 +28,7 @@ def _wait(seconds: float) -> bool:
     return False
 
 
-class Effort:
+class DownloadBudget:
     """How long one download may take, with all its attempts and the pauses between them: ``limit_s`` seconds.
 
     ``now`` tells the time, ``wait`` waits for so many seconds and returns whether all is to end, ``spread`` gives a
@@ -73,7 +73,7 @@ class Effort:
             raise BackendUnavailable(_BACKEND, "the cache was closed in the middle of a download")
 
 
-def whole(open_: Open, key: str, effort: Effort) -> Generator[bytes, None, None]:
+def whole(open_: Open, key: str, effort: DownloadBudget) -> Generator[bytes, None, None]:
     """Give the bytes of one object, once each and in order, however many connections that takes.
 
     Raises ``BackendUnavailable`` when the time is over, or a few attempts in a row brought nothing, and

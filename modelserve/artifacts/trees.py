@@ -29,7 +29,7 @@ class Trees:
         """Return the folder of a manifest, made of sound files; what is there is kept only if it is the same."""
         entries = blob.decode_manifest(b"".join(files.chunks(manifest)))
         tree = self._layout.tree(key)
-        self._eviction.make_room(key, self._missing(entries))
+        self._eviction.lend_replica(key, self._missing(entries))
         with files.draft_folder(self._layout.temp) as draft:
             for entry in entries:
                 self._link(task, entry, draft)

@@ -50,7 +50,7 @@ class Flight(Generic[Out]):
             _rouse(wake)
 
 
-class Seat(NamedTuple, Generic[Out]):
+class Ticket(NamedTuple, Generic[Out]):
     """A place in a flight; ``own``: whoever has it began the flight."""
 
     flight: Flight[Out]
@@ -62,14 +62,14 @@ class Flights(Generic[Out]):
     """The executions that run now, by the keys of what they will answer."""
 
     def __init__(self) -> None:
-        self._seats: dict[str, Seat[Out]] = {}
+        self._tickets: dict[str, Ticket[Out]] = {}
 
     def __len__(self) -> int:
-        return len(self._seats)
+        return len(self._tickets)
 
-    def find(self, key: str) -> Seat[Out] | None:
+    def find(self, key: str) -> Ticket[Out] | None:
         """Return the place of a key in the flight that will answer it, if there is one."""
-        return self._seats.get(key)
+        return self._tickets.get(key)
 
     def begin(
         self, future: asyncio.Future[Sequence[Out]], keys: Sequence[str], deadline: float, by: object = None
@@ -77,7 +77,7 @@ class Flights(Generic[Out]):
         """Let others join an execution that gives one result for each of ``keys``."""
         flight = Flight(future, keys, deadline, by)
         for place, key in enumerate(keys):
-            self._seats[key] = Seat(flight, place, own=False)
+            self._tickets[key] = Ticket(flight, place, own=False)
         return flight
 
     def leave(self, flight: Flight[Out]) -> None:
@@ -90,9 +90,9 @@ class Flights(Generic[Out]):
     def end(self, flight: Flight[Out]) -> None:
         """Let nobody join any more, and wake those who wait."""
         for key in flight.keys:
-            seat = self._seats.get(key)
-            if seat is not None and seat.flight is flight:
-                del self._seats[key]
+            ticket = self._tickets.get(key)
+            if ticket is not None and ticket.flight is flight:
+                del self._tickets[key]
         flight.rouse()
 
 

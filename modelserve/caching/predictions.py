@@ -10,23 +10,47 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Final, NamedTuple, Self, TypeAlias
+from typing import Final, NamedTuple, Protocol, Self, TypeAlias
 
 import orjson
 
+from modelserve.batching.calls import copy_of
 from modelserve.caching.envelope import payload_of
-from modelserve.caching.flights import Flight, Flights, Seat
+from modelserve.caching.flights import Flight, Flights, Ticket
 from modelserve.caching.memory import MemoryCache
 from modelserve.caching.shared import Shared
 from modelserve.caching.tiers import Tiers
 from modelserve.errors import DeadlineExceeded, NotReady
-from modelserve.execution.calls import copy_of
-from modelserve.loading import LoadedVersion
 from modelserve.ports import Cache
-from modelserve.types import Json, Row
+from modelserve.types import Json, ModelVersion, Row
 
 Result: TypeAlias = Json | Exception
 _MISSING: Final = object()
+
+
+class Runs(Protocol):
+    """Runs rows: a pool, or what stands in for one."""
+
+    def submit(self, rows: Sequence[Row], deadline: float) -> asyncio.Future[Sequence[Result]]:
+        """Return a result per row: the model's answer, or its error."""
+        ...
+
+
+class CacheableVersion(Protocol):
+    """What the cache needs of a version."""
+
+    meta: ModelVersion
+    cache_ttl_s: float
+    timeout_s: float
+
+    @property
+    def pool(self) -> Runs:
+        """What runs the rows that are not known."""
+        ...
+
+    def cache_key(self, row: Row) -> str:
+        """Return the key of the answer to a row."""
+        ...
 
 
 class Known(NamedTuple):
@@ -84,7 +108,7 @@ class PredictionCache:
         """Finish what is on its way to the shared cache, within a second."""
         await self._tiers.close()
 
-    async def look(self, target: LoadedVersion, keys: Sequence[str], deadline: float) -> Known:
+    async def look(self, target: CacheableVersion, keys: Sequence[str], deadline: float) -> Known:
         """Return what is kept under each key, as far as that can be had by ``deadline``."""
         known = Known(keys, [_MISSING] * len(keys))
         self._look(target, known)
@@ -95,7 +119,7 @@ class PredictionCache:
 
     async def answer(
         self,
-        target: LoadedVersion,
+        target: CacheableVersion,
         rows: Sequence[Row],
         deadline: float,
         known: Known | None = None,
@@ -118,7 +142,7 @@ class PredictionCache:
 
     async def _answer_some(
         self,
-        target: LoadedVersion,
+        target: CacheableVersion,
         rows: Sequence[Row],
         deadline: float,
         known: Known | None,
@@ -140,13 +164,13 @@ class PredictionCache:
             results[i], cached[i] = result, hit
         return results, cached
 
-    def _look(self, target: LoadedVersion, known: Known) -> None:
+    def _look(self, target: CacheableVersion, known: Known) -> None:
         for i, key in enumerate(known.keys):
             if known.results[i] is _MISSING and (payload := self._tiers.get(key)) is not None:
                 known.results[i] = orjson.loads(payload)
                 self._count(target, "local")
 
-    async def _fetch(self, target: LoadedVersion, known: Known, deadline: float) -> None:
+    async def _fetch(self, target: CacheableVersion, known: Known, deadline: float) -> None:
         wanted = [i for i, each in enumerate(known.results) if each is _MISSING]
         found = await self._tiers.fetch([known.keys[i] for i in wanted], target.cache_ttl_s, deadline)
         for i, kept in zip(wanted, found, strict=True):
@@ -155,40 +179,40 @@ class PredictionCache:
                 self._count(target, "shared")
 
     async def _run(
-        self, target: LoadedVersion, rows: Sequence[Row], keys: Sequence[str], results: list[Result], deadline: float
+        self, target: CacheableVersion, rows: Sequence[Row], keys: Sequence[str], results: list[Result], deadline: float
     ) -> None:
         began = self._loop.time()
         while wanted := [i for i, each in enumerate(results) if each is _MISSING]:
             if not deadline > self._loop.time():  # also where it is no time at all (NaN)
                 raise DeadlineExceeded(max(0.0, deadline - began))
-            seats = self._board(target, rows, keys, wanted, deadline)
-            if not await self._land(seats.values(), deadline):
+            tickets = self._board(target, rows, keys, wanted, deadline)
+            if not await self._land(tickets.values(), deadline):
                 raise DeadlineExceeded(max(0.0, deadline - began))
-            for i, seat in seats.items():
-                results[i] = self._result(target, seat, deadline)
+            for i, ticket in tickets.items():
+                results[i] = self._result(target, ticket, deadline)
 
     def _board(
-        self, target: LoadedVersion, rows: Sequence[Row], keys: Sequence[str], wanted: Sequence[int], deadline: float
-    ) -> Mapping[int, Seat[Result]]:
+        self, target: CacheableVersion, rows: Sequence[Row], keys: Sequence[str], wanted: Sequence[int], deadline: float
+    ) -> Mapping[int, Ticket[Result]]:
         """Find each row its place in a flight; begin one for those that have none."""
-        seats: dict[int, Seat[Result]] = {}
+        tickets: dict[int, Ticket[Result]] = {}
         fresh: dict[str, int] = {}
         for i in wanted:
-            seat = self._flights.find(keys[i])
-            if seat is not None:
-                seats[i] = seat
+            ticket = self._flights.find(keys[i])
+            if ticket is not None:
+                tickets[i] = ticket
             else:
                 fresh.setdefault(keys[i], i)
         if fresh:
             flight = self._begin(target, [rows[i] for i in fresh.values()], list(fresh), deadline)
             places = {key: place for place, key in enumerate(fresh)}
-            seats |= {i: Seat(flight, places[keys[i]], own=fresh[keys[i]] == i) for i in wanted if i not in seats}
+            tickets |= {i: Ticket(flight, places[keys[i]], own=fresh[keys[i]] == i) for i in wanted if i not in tickets}
         self._count(target, "miss", len(fresh))
-        self._count(target, "joined", len(seats) - len(fresh))
-        return seats
+        self._count(target, "joined", len(tickets) - len(fresh))
+        return tickets
 
     def _begin(
-        self, target: LoadedVersion, rows: Sequence[Row], keys: Sequence[str], deadline: float
+        self, target: CacheableVersion, rows: Sequence[Row], keys: Sequence[str], deadline: float
     ) -> Flight[Result]:
         """Run rows for whoever wants them: with at least the time that a request of this model has by default."""
         last = max(deadline, self._loop.time() + target.timeout_s)
@@ -197,12 +221,12 @@ class PredictionCache:
         running.add_done_callback(partial(self._landed, flight, target.cache_ttl_s))
         return flight
 
-    def _count(self, target: LoadedVersion, how: str, rows: int = 1) -> None:
+    def _count(self, target: CacheableVersion, how: str, rows: int = 1) -> None:
         self.counts[target.meta.model_name, how] += rows
 
-    async def _land(self, seats: Iterable[Seat[Result]], deadline: float) -> bool:
-        """Wait for the flights of these seats; return whether they all landed before the deadline."""
-        flights = {id(seat.flight): seat.flight for seat in seats}.values()
+    async def _land(self, tickets: Iterable[Ticket[Result]], deadline: float) -> bool:
+        """Wait for the flights of these tickets; return whether they all landed before the deadline."""
+        flights = {id(ticket.flight): ticket.flight for ticket in tickets}.values()
         for flight in flights:
             flight.aboard += 1
         try:
@@ -222,19 +246,19 @@ class PredictionCache:
         finally:
             self._flights.end(flight)  # whatever a host's own cache does, nobody is left waiting
 
-    def _result(self, target: LoadedVersion, seat: Seat[Result], deadline: float) -> Result:
+    def _result(self, target: CacheableVersion, ticket: Ticket[Result], deadline: float) -> Result:
         """Return a row's result, or ``_MISSING`` where it has to be asked for once more."""
-        running = seat.flight.future
+        running = ticket.flight.future
         if running.cancelled():
             return _MISSING
         error = running.exception()
-        if isinstance(error, DeadlineExceeded) and deadline > seat.flight.deadline:
+        if isinstance(error, DeadlineExceeded) and deadline > ticket.flight.deadline:
             return _MISSING  # those who began it had less time
-        if isinstance(error, NotReady) and seat.flight.by is not target:
+        if isinstance(error, NotReady) and ticket.flight.by is not target:
             return _MISSING  # it was the same version, loaded before, and is going
         if error is not None:
             raise copy_of(error)
-        result = running.result()[seat.place]
-        if seat.own:
+        result = running.result()[ticket.place]
+        if ticket.own:
             return result
         return copy_of(result) if isinstance(result, Exception) else copy.deepcopy(result)

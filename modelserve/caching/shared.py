@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Final, TypeVar
 
-from modelserve.breaker import Breaker
-from modelserve.errors import BackendUnavailable, DeadlineExceeded, ModelServeError, in_words
-from modelserve.execution.batcher import Batcher
+from modelserve.batching.batcher import Batcher
+from modelserve.errors import BackendUnavailable, DeadlineExceeded, ModelServeError, describe
 from modelserve.ports import Cache, CacheItem
+from modelserve.resilience.breaker import Breaker
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ class Shared:
             async with asyncio.timeout(_OPEN_S):
                 await self._cache.ping()
         except Exception as error:  # noqa: BLE001  # a third party's; predictions do not depend on it
-            _log.warning("the cache of predictions does not answer; they are computed: %s", in_words(error))
+            _log.warning("the cache of predictions does not answer; they are computed: %s", describe(error))
 
     async def close(self) -> None:
         """Finish what is on its way, within a second, and give up the rest."""
@@ -131,7 +131,7 @@ class Shared:
         except Exception as error:
             breaker.failed(self._loop.time())
             if breaker.open and not was_open:
-                _log.warning("the cache of predictions fails, it is left alone for a while: %s", in_words(error))
+                _log.warning("the cache of predictions fails, it is left alone for a while: %s", describe(error))
             raise BackendUnavailable("the cache", "a command failed") from error
 
     def _succeeded(self, breaker: Breaker) -> None:

@@ -17,7 +17,7 @@ from modelserve.cli.reading import bytes_of, duration_of
 from modelserve.config import Settings
 from modelserve.errors import ModelServeError
 from modelserve.registry import Registry
-from modelserve.snapshots import artifact_keys_in
+from modelserve.serving.snapshots import artifact_keys_in
 from modelserve.types import Json
 
 cache = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after this machine's cache of artifacts.")

@@ -16,14 +16,15 @@ from modelserve.cli.features import features
 from modelserve.cli.logs import log
 from modelserve.cli.predictions import predictions
 from modelserve.cli.printing import AsJson, encode, moment, pairs, printable, show, told
-from modelserve.cli.reading import read_table, rows_of, tags_of, values_of
+from modelserve.cli.reading import rows_of, tags_of, values_of
 from modelserve.config import ModelOptions, Settings
 from modelserve.errors import InvalidInput
-from modelserve.importing import import_model
 from modelserve.registry import Registry
+from modelserve.registry.importing import import_model
 from modelserve.signature import Signature
 from modelserve.signing import create_key_files, trusted_keys
 from modelserve.sync_server import ModelServer
+from modelserve.tabular import read_table
 from modelserve.types import DeploymentState, Json, ModelVersion
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from modelserve.cli.printing import AsJson, moment, show, told
-from modelserve.cli.reading import read_table, values_of
+from modelserve.cli.reading import values_of
 from modelserve.config import Settings
 from modelserve.errors import ConfigError
 from modelserve.features import FeatureWriter
 from modelserve.ports import FeatureRow, NoValue
+from modelserve.tabular import read_table
 from modelserve.types import Json
 
 features = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into the feature store, and fill it.")

@@ -1,1 +1,1 @@
-"""The execution engine: batches, the pools of replicas that run them, and what bounds them."""
+"""The execution engine: the replicas of a model, kept alive in pools of threads or processes."""

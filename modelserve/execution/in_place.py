@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from modelserve.execution.cost import CostModel
+from modelserve.batching.cost import CostModel
 
 HAND_OVER_S: Final = 75e-6  # loop → thread → loop took 75 to 90 µs where it was measured
 _CAP_S: Final = 0.002  # no batch may hold up the loop for longer; one that does bars the next ones for a while

@@ -13,12 +13,12 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from typing import Any, Final
 
+from modelserve.batching.batcher import Batcher
 from modelserve.errors import NotReady, Overloaded
 from modelserve.events import CircuitClosed, CircuitOpened, Event, PoolScaled, WorkerLost
 from modelserve.execution.autoscale import Sample, decide, mean_depth
-from modelserve.execution.batcher import Batcher
-from modelserve.execution.circuit import Circuit
-from modelserve.execution.seat import Infer, Intact, Prove, Seat
+from modelserve.execution.restarts import RestartPolicy
+from modelserve.execution.supervisor import Infer, Intact, Prove, ReplicaSupervisor
 from modelserve.ports import Replica
 from modelserve.types import Json, PoolStatus, Row, Scaling
 
@@ -88,13 +88,13 @@ class Pool:
             clock=clock,
         )
         self._clock = clock
-        self._circuit = Circuit()
-        self._seats: list[Seat] = []
-        self._leaving: set[Seat] = set()
-        self._opening: dict[Seat, asyncio.Task[None]] = {}
+        self._circuit = RestartPolicy()
+        self._supervisors: list[ReplicaSupervisor] = []
+        self._leaving: set[ReplicaSupervisor] = set()
+        self._opening: dict[ReplicaSupervisor, asyncio.Task[None]] = {}
         self._confined = self._stopped = False
         self._fill_at, self._fill_pause_s = -math.inf, _FIRST_PAUSE_S
-        self._restarts = 0  # of seats that are gone
+        self._restarts = 0  # of supervisors that are gone
         self._history: deque[Sample] = deque()
         self._refused = 0  # as of the last sample
         self._scaled_at = -math.inf
@@ -113,8 +113,8 @@ class Pool:
         self._prove = prove
         self._confined = replicas is not None
         for _ in range(self._options.smallest if replicas is None else replicas):
-            self._seats.append(self._new_seat())
-        opened = await asyncio.gather(*(seat.open() for seat in self._seats), return_exceptions=True)
+            self._supervisors.append(self._new_supervisor())
+        opened = await asyncio.gather(*(supervisor.open() for supervisor in self._supervisors), return_exceptions=True)
         for outcome in opened:
             if isinstance(outcome, BaseException):
                 await self.stop()
@@ -148,13 +148,13 @@ class Pool:
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self._batcher.close()
-        await asyncio.gather(*(seat.close() for seat in (*self._seats, *self._leaving)))
+        await asyncio.gather(*(supervisor.close() for supervisor in (*self._supervisors, *self._leaving)))
 
     def abandon(self) -> None:
         """Give up the replicas without the loop, which has ended."""
-        for seat in (*self._seats, *self._leaving):
+        for supervisor in (*self._supervisors, *self._leaving):
             with contextlib.suppress(RuntimeError):  # what would wake the loop; by then the replica has been given up
-                seat.kill("its event loop has ended")
+                supervisor.kill("its event loop has ended")
 
     async def confine(self, replicas: int) -> None:
         """Have at most so many replicas until :meth:`release`; return when the others have finished and are freed.
@@ -162,8 +162,8 @@ class Pool:
         Those that do not answer anyway go first.
         """
         self._confined = True
-        by_worth = sorted(self._seats, key=lambda seat: (not seat.alive, seat.place))
-        leaving = [self._dismiss(seat) for seat in by_worth[replicas:]]
+        by_worth = sorted(self._supervisors, key=lambda supervisor: (not supervisor.alive, supervisor.place))
+        leaving = [self._dismiss(supervisor) for supervisor in by_worth[replicas:]]
         if leaving:
             await asyncio.wait(leaving)  # and whoever loses patience meanwhile does not stop them half-way
 
@@ -175,12 +175,12 @@ class Pool:
     @property
     def size(self) -> int:
         """How many replicas there are, those that start included."""
-        return len(self._seats)
+        return len(self._supervisors)
 
     @property
     def alive(self) -> bool:
         """Whether at least one replica can take a batch, and they do not keep dying."""
-        return any(seat.alive for seat in self._seats) and not self._circuit.open
+        return any(supervisor.alive for supervisor in self._supervisors) and not self._circuit.open
 
     @property
     def queue_depth(self) -> int:
@@ -190,12 +190,12 @@ class Pool:
     def status(self) -> PoolStatus:
         """Return where the pool stands."""
         return PoolStatus(
-            replicas=tuple(seat.status() for seat in self._seats),
+            replicas=tuple(supervisor.status() for supervisor in self._supervisors),
             smallest=self._options.smallest,
             largest=self._options.largest,
             queue_depth=self.queue_depth,
             circuit_open=self._circuit.open,
-            restarts=self._restarts + sum(seat.restarts for seat in self._seats),
+            restarts=self._restarts + sum(supervisor.restarts for supervisor in self._supervisors),
             scaled_out=self._scaled_out,
             scaled_in=self._scaled_in,
             batches=self._batcher.stats(),
@@ -203,16 +203,16 @@ class Pool:
 
     # -- replicas ------------------------------------------------------------------------------------------
 
-    def _new_seat(self) -> Seat:
-        taken = {seat.place for seat in (*self._seats, *self._leaving)}
+    def _new_supervisor(self) -> ReplicaSupervisor:
+        taken = {supervisor.place for supervisor in (*self._supervisors, *self._leaving)}
         place = next(number for number in itertools.count() if number not in taken)
-        return Seat(
+        return ReplicaSupervisor(
             self._make_replica,
             place,
             self._batcher,
             prove=self._prove_and_learn,
             start_limit_s=self._options.start_limit_s,
-            mourn=self._mourn,
+            on_death=self._on_death,
             intact=self._intact,
         )
 
@@ -231,7 +231,7 @@ class Pool:
         if not self._batcher.admission.cost.known:
             self._batcher.admission.seed(fastest)
 
-    def _mourn(self, reason: str, convicted: bool) -> float:  # noqa: FBT001  # as Seat calls it
+    def _on_death(self, reason: str, convicted: bool) -> float:  # noqa: FBT001  # as ReplicaSupervisor calls it
         was_open = self._circuit.open
         pause = 0.0 if convicted else self._circuit.died(self._loop.time())  # what is refused does not kill again
         _log.error("a worker of %s %s is lost, the next starts in %.1f s: %s", *self._name, pause, reason)
@@ -244,7 +244,7 @@ class Pool:
     def _refuse_unless_back_by(self, deadline: float) -> None:
         if self._circuit.open:
             raise NotReady("the workers of this model keep dying; it is being restarted now and then")
-        back = min((seat.ready_at for seat in self._seats), default=math.inf)
+        back = min((supervisor.ready_at for supervisor in self._supervisors), default=math.inf)
         if back > deadline:
             left = min(_LONGEST_WAIT_S, max(0.01, back - self._loop.time()))
             raise Overloaded("no worker of this model is alive, one is being started", retry_after=left)
@@ -270,21 +270,23 @@ class Pool:
 
     def _kill_hung(self) -> None:
         for lane in self._batcher.overdue(self._options.hang_limit_s):
-            seat = next((seat for seat in (*self._seats, *self._leaving) if seat.lane is lane), None)
-            if seat is not None:
-                seat.kill("a batch did not end, long after its last caller had given up")
+            supervisor = next(
+                (supervisor for supervisor in (*self._supervisors, *self._leaving) if supervisor.lane is lane), None
+            )
+            if supervisor is not None:
+                supervisor.kill("a batch did not end, long after its last caller had given up")
 
     def _fill(self) -> None:
         """Start what is missing of the smallest number, unless it failed to start a moment ago."""
         if self._confined or self._stopped or self._loop.time() < self._fill_at:
             return
-        while len(self._seats) < self._options.smallest:
+        while len(self._supervisors) < self._options.smallest:
             self._add()
 
     def _scale(self) -> None:
         if self._confined:
             return
-        options, before = self._options, len(self._seats)
+        options, before = self._options, len(self._supervisors)
         change = decide(
             self._history,
             options.scaling,
@@ -302,7 +304,7 @@ class Pool:
         if change > 0:
             self._add(scaled)
         else:
-            self._dismiss(self._seats[-1], scaled)
+            self._dismiss(self._supervisors[-1], scaled)
 
     def _sample(self) -> None:
         now, refused = self._loop.time(), self._batcher.refused
@@ -313,41 +315,41 @@ class Pool:
             self._history.popleft()
 
     def _add(self, scaled: PoolScaled | None = None) -> None:
-        seat = self._new_seat()
-        self._seats.append(seat)
-        self._opening[seat] = self._in_background(self._grow(seat, scaled))
+        supervisor = self._new_supervisor()
+        self._supervisors.append(supervisor)
+        self._opening[supervisor] = self._in_background(self._grow(supervisor, scaled))
 
-    async def _grow(self, seat: Seat, scaled: PoolScaled | None) -> None:
+    async def _grow(self, supervisor: ReplicaSupervisor, scaled: PoolScaled | None) -> None:
         try:
-            await seat.open()
+            await supervisor.open()
         except Exception as error:  # noqa: BLE001  # the pool goes on as it was; the next decision tries again
             _log.warning("a further replica of %s %s did not start: %s", *self._name, error)
-            if seat in self._seats:  # it was not dismissed at this very moment
-                self._seats.remove(seat)
+            if supervisor in self._supervisors:  # it was not dismissed at this very moment
+                self._supervisors.remove(supervisor)
             self._fill_at = self._loop.time() + self._fill_pause_s
             self._fill_pause_s = min(_LAST_PAUSE_S, 2 * self._fill_pause_s)
             return
         finally:
-            self._opening.pop(seat, None)
+            self._opening.pop(supervisor, None)
         self._fill_pause_s = _FIRST_PAUSE_S
         if scaled is not None:
             self._scaled_out += 1
             self._tell(scaled)
 
-    def _dismiss(self, seat: Seat, scaled: PoolScaled | None = None) -> asyncio.Task[None]:
-        self._seats.remove(seat)
-        self._leaving.add(seat)
-        return self._in_background(self._shrink(seat, scaled))
+    def _dismiss(self, supervisor: ReplicaSupervisor, scaled: PoolScaled | None = None) -> asyncio.Task[None]:
+        self._supervisors.remove(supervisor)
+        self._leaving.add(supervisor)
+        return self._in_background(self._shrink(supervisor, scaled))
 
-    async def _shrink(self, seat: Seat, scaled: PoolScaled | None) -> None:
+    async def _shrink(self, supervisor: ReplicaSupervisor, scaled: PoolScaled | None) -> None:
         """Take a replica away when it has finished what it has in hand; one that starts is given up."""
-        opening = self._opening.pop(seat, None)
+        opening = self._opening.pop(supervisor, None)
         if opening is not None:
             opening.cancel()
             await asyncio.wait([opening])
-        await seat.close()
-        self._leaving.discard(seat)
-        self._restarts += seat.restarts
+        await supervisor.close()
+        self._leaving.discard(supervisor)
+        self._restarts += supervisor.restarts
         if scaled is not None:
             self._scaled_in += 1
             self._tell(scaled)

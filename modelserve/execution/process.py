@@ -28,7 +28,7 @@ from modelserve.errors import (
     ModelServeError,
     OutOfMemory,
     WorkerDied,
-    in_words,
+    describe,
 )
 from modelserve.execution import inheritance, wire
 from modelserve.execution.arena import Arena
@@ -121,10 +121,10 @@ class ProcessReplica:
         try:
             frame = self._batch(sent, rows)
         except (OSError, MemoryError) as error:
-            answer.set_exception(OutOfMemory(f"no memory to hand {len(rows)} rows over: {in_words(error)}"))
+            answer.set_exception(OutOfMemory(f"no memory to hand {len(rows)} rows over: {describe(error)}"))
             return answer
         except Exception as error:  # noqa: BLE001  # values that cannot cross: this batch's failure alone
-            answer.set_exception(InferenceFailed(f"{len(rows)} rows could not be handed over: {in_words(error)}"))
+            answer.set_exception(InferenceFailed(f"{len(rows)} rows could not be handed over: {describe(error)}"))
             return answer
         self._batches = sent.seq
         self._sent.append(sent)
@@ -286,7 +286,7 @@ class ProcessReplica:
         except InferenceFailed as error:
             sent.answer.set_exception(error)
         except Exception as error:  # noqa: BLE001  # no memory for it: this batch's failure, not the worker's
-            sent.answer.set_exception(InferenceFailed(f"the answer could not be taken over: {in_words(error)}"))
+            sent.answer.set_exception(InferenceFailed(f"the answer could not be taken over: {describe(error)}"))
 
     def _outputs(self, header: wire.Header, text: bytes, body: memoryview) -> Columns:
         arena = self._arenas[wire.ARENAS + header.seq % wire.ARENAS]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, Final, NamedTuple
 
-from modelserve.errors import InferenceFailed, LoadError, LoadFailed, WorkerDied, failure_of, in_words
+from modelserve.errors import InferenceFailed, LoadError, LoadFailed, WorkerDied, describe, failure_of
 from modelserve.execution import stack
 from modelserve.execution.in_place import InPlace
 from modelserve.ports import Model, NotRun
@@ -53,7 +53,7 @@ class ThreadReplica:
         except LoadError:
             raise
         except Exception as error:
-            raise LoadFailed(f"the model did not load: {in_words(error)}") from error
+            raise LoadFailed(f"the model did not load: {describe(error)}") from error
 
     def infer(self, rows: Sequence[Row]) -> asyncio.Future[list[Json]]:
         """Stack the rows, run the model on them and unstack its answer, in the replica's thread or in place."""
@@ -152,7 +152,7 @@ class ThreadReplica:
             try:
                 result = self._context.run(job.work)
             except BaseException as raised:  # noqa: BLE001  # even to exit: what a model does is its caller's to see
-                error = raised if isinstance(raised, Exception) else InferenceFailed(f"it raised {in_words(raised)}")
+                error = raised if isinstance(raised, Exception) else InferenceFailed(f"it raised {describe(raised)}")
             self._tell(self._settle, job, perf_counter() - began, result, error)
             del job, result, error  # a waiting thread must not keep the last batch in memory
         self._model = None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelserve import plugins
-from modelserve.errors import InferenceFailed, LoadError, LoadFailed, failure_of, in_words
+from modelserve.errors import InferenceFailed, LoadError, LoadFailed, describe, failure_of
 from modelserve.execution import wire
 from modelserve.execution.arena import Arena
 from modelserve.execution.padding import Padded
@@ -150,7 +150,7 @@ def _failure(error: BaseException) -> bytes:
 def _refusal(error: BaseException) -> bytes:
     """Describe why the model did not load."""
     if not isinstance(error, LoadError):
-        error = LoadFailed(f"the model did not load: {in_words(error)}")
+        error = LoadFailed(f"the model did not load: {describe(error)}")
     return _described(error)
 
 

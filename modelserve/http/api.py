@@ -14,9 +14,9 @@ from modelserve.http.messages import Request, Response
 from modelserve.http.openapi import openapi_document
 from modelserve.http.problems import HttpProblem, problem_response
 from modelserve.http.routes import Routes, chosen
-from modelserve.keeper import ModelStatus
-from modelserve.monitor.exposition import CONTENT_TYPE as METRICS_TYPE
+from modelserve.monitor.metrics.exposition import CONTENT_TYPE as METRICS_TYPE
 from modelserve.server import Answer, AsyncModelServer
+from modelserve.serving.model_reconciler import ModelStatus
 from modelserve.signature import Pieces
 from modelserve.types import Json, PoolStatus
 

@@ -15,7 +15,7 @@ from modelserve.http.messages import Request
 from modelserve.http.problems import HttpProblem
 from modelserve.http.scan import Malformed, Scan
 from modelserve.http.slices import Slices
-from modelserve.loading import LoadedVersion
+from modelserve.serving.version import LoadedVersion
 from modelserve.signature import Extent
 from modelserve.turns import Steps, in_turns
 from modelserve.types import Json

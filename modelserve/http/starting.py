@@ -11,8 +11,8 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from modelserve.errors import NotRunning
-from modelserve.loops import PrivateLoop, elsewhere
 from modelserve.server import AsyncModelServer
+from modelserve.serving.loops import PrivateLoop, elsewhere
 
 _log = logging.getLogger("modelserve")
 _BY_REQUEST: Final = (

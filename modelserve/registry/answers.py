@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import orjson
 
-from modelserve.errors import InvalidInput, ModelServeError, in_words
+from modelserve.errors import InvalidInput, ModelServeError, describe
 from modelserve.ports import Model
 from modelserve.signature import Signature, check_outputs, unstack
 from modelserve.types import Columns, Json, Row, row_count
@@ -27,7 +27,7 @@ def answer_to(model: Model, columns: Columns) -> Columns:
     except ModelServeError as error:
         raise InvalidInput("example", f"the model does not answer it: {error}") from error
     except Exception as error:
-        problem = in_words(error).partition("\nStack trace")[0]  # XGBoost's is of its own code
+        problem = describe(error).partition("\nStack trace")[0]  # XGBoost's is of its own code
         raise InvalidInput("example", f"the model does not answer it: {problem}") from error
     return answer
 

@@ -9,9 +9,9 @@ from typing import Literal, Self
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from modelserve.database.tables import deployment, deployment_event, model_version
 from modelserve.ports import PG_CHANNEL
 from modelserve.registry.rows import require_model, to_version
-from modelserve.registry.tables import deployment, deployment_event, model_version
 from modelserve.types import ModelVersion, Status
 
 Action = Literal["register", "promote", "rollback", "archive", "sign"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from modelserve.errors import BackendUnavailable
-from modelserve.listening import Listeners
+from modelserve.feed import Listeners
 from modelserve.ports import ChangePublisher
 
 _log = logging.getLogger("modelserve")

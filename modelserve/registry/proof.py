@@ -18,12 +18,12 @@ from typing import Any, Final
 import numpy as np
 
 from modelserve import plugins
-from modelserve.agreement import ABSOLUTE, agrees
 from modelserve.errors import InvalidInput
 from modelserve.ports import AnswersAsGiven, Model
 from modelserve.registry.answers import answers_of, in_json
 from modelserve.signature import MARKS, Field, Signature, columns_of, marks_in
 from modelserve.signature.batches import stack_column
+from modelserve.signature.comparison import ABSOLUTE, outputs_match
 from modelserve.signature.examination import plain
 from modelserve.signature.forms import is_frame, taken, with_column
 from modelserve.types import Array, Json, Row
@@ -220,7 +220,7 @@ class _Proof:
 
 def _same(own: Json, other: Json) -> bool:
     """Whether two answers to a row are the same. Its numbers are as precise as the largest of them: sums cancel out."""
-    return agrees(own, other, absolute=max(ABSOLUTE, _OF_LARGEST * _largest(own)))
+    return outputs_match(own, other, absolute=max(ABSOLUTE, _OF_LARGEST * _largest(own)))
 
 
 def _largest(answer: Json) -> float:
@@ -254,7 +254,7 @@ def _require_no_difference_of_marks(live: AnswersAsGiven, field: Field, rows: Ro
         _answers_as_given(live, with_column(rows.given, field.name, _blank(count, mark)), count) for mark in marks
     ]
     usual = answers[marks.index(_USUAL_MARK)]
-    if any(each is not None and not agrees(usual, each) for each in answers):
+    if any(each is not None and not outputs_match(usual, each) for each in answers):
         problem = (
             f"it may be missing, and the model tells {' and '.join(marks)} apart: pass an example with a gap as it was "
             f"fitted on, of one kind in a column, or signature= with Field({field.name!r}, ..., missing={marks[0]!r})"

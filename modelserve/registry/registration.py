@@ -17,7 +17,6 @@ from typing import Any, Final
 import orjson
 
 from modelserve import plugins
-from modelserve.agreement import agrees
 from modelserve.artifacts import ArtifactStore
 from modelserve.errors import InvalidInput
 from modelserve.ports import Framework, Model, SavedModel
@@ -25,6 +24,7 @@ from modelserve.registry.answers import answers_of
 from modelserve.registry.conversion import Proven, converted
 from modelserve.registry.proof import marks_to_try, require_same_as_given
 from modelserve.signature import Signature, refuse_unaskable
+from modelserve.signature.comparison import outputs_match
 from modelserve.types import Artifact, FrameworkName, Json, Row, Runtime
 
 _EXAMPLE_ROWS: Final = 8
@@ -182,7 +182,7 @@ def _proven_outputs(asked: _Asked, saved: SavedModel, marks: Mapping[str, str]) 
     answers = answers_of(loaded, asked.signature, asked.rows)
     _try_another_size(loaded, asked.signature, asked.rows)
     live = loaded if asked.is_file else asked.adapter.wrap(asked.model, saved.load_options)
-    if live is not loaded and not agrees(answers_of(live, asked.signature, asked.rows), answers):
+    if live is not loaded and not outputs_match(answers_of(live, asked.signature, asked.rows), answers):
         raise InvalidInput("model", "the saved model answers the example differently from the live one")
     require_same_as_given(live, loaded, asked.signature, asked.example, marks)
     return answers

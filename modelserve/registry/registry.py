@@ -19,6 +19,8 @@ import sqlalchemy as sa
 
 from modelserve import plugins, signing
 from modelserve.artifacts import ArtifactStore
+from modelserve.database.engine import Database
+from modelserve.database.tables import model_version
 from modelserve.errors import (
     ConfigError,
     InvalidTransition,
@@ -28,9 +30,7 @@ from modelserve.errors import (
 )
 from modelserve.ports import ChangeHints, ChangeListener, ChangePublisher, SigningKey
 from modelserve.registry.changes import Action, Change, create_deployment
-from modelserve.registry.database import Database
 from modelserve.registry.hints import Hints
-from modelserve.registry.log_table import LogTable
 from modelserve.registry.names import check_names
 from modelserve.registry.registration import prepare
 from modelserve.registry.rows import (
@@ -45,9 +45,9 @@ from modelserve.registry.rows import (
     standing,
     to_version,
 )
-from modelserve.registry.tables import model_version
 from modelserve.registry.values import check_text, plain_json
 from modelserve.signature import MAX_BODY_BYTES, Signature
+from modelserve.stores.inference_log import LogTable
 from modelserve.types import (
     Artifact,
     DeploymentEvent,

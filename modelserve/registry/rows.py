@@ -7,9 +7,9 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
+from modelserve.database.tables import deployment, deployment_event, model_version
 from modelserve.errors import ModelNotFound, VersionNotFound
 from modelserve.registry.names import is_name
-from modelserve.registry.tables import deployment, deployment_event, model_version
 from modelserve.types import (
     Artifact,
     DeploymentEvent,

@@ -25,7 +25,7 @@ from modelserve.registry.hints import Hints
 from modelserve.server import AsyncModelServer
 from modelserve.testing.changes import ChangeHintsContract, ConnectedHintsContract, Heard
 from tests import servers
-from tests.registry.conftest import ARTIFACT
+from tests.registries import ARTIFACT
 
 
 def add(registry: Registry, model_name: str, version: str = "") -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelserve.artifacts import transfer
-from modelserve.artifacts.transfer import Effort, whole
+from modelserve.artifacts.transfer import DownloadBudget, whole
 from modelserve.errors import ArtifactCorrupt, BackendUnavailable
 from modelserve.ports import Interrupted, ObjectChanged, OpenObject
 
@@ -35,8 +35,8 @@ class Clock:
         self.time += seconds
         return False
 
-    def effort(self, limit_s: float = 600.0, spread: Callable[[], float] = lambda: 1.0) -> Effort:
-        return Effort(limit_s, now=self.now, wait=self.wait, spread=spread)
+    def effort(self, limit_s: float = 600.0, spread: Callable[[], float] = lambda: 1.0) -> DownloadBudget:
+        return DownloadBudget(limit_s, now=self.now, wait=self.wait, spread=spread)
 
 
 class Source:
@@ -163,7 +163,7 @@ def test_a_replaced_object_is_not_continued(way: str) -> None:
 
 def test_closing_ends_a_pause_and_a_stream() -> None:
     """Whoever waits for the next attempt, or for the next byte, is let go."""
-    closed = Effort(wait=lambda _: True)
+    closed = DownloadBudget(wait=lambda _: True)
     with pytest.raises(BackendUnavailable, match="closed in the middle of a download"):
         list(whole(Source([]).open, KEY, closed))
     with pytest.raises(BackendUnavailable, match="closed in the middle of a download"):

@@ -12,7 +12,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from modelserve.artifacts import ArtifactStore, DiskCache, fetching
-from modelserve.artifacts.transfer import Effort
+from modelserve.artifacts.transfer import DownloadBudget
 from modelserve.types import Artifact
 from tests.artifacts.stores import WaitingStore
 
@@ -20,7 +20,7 @@ from tests.artifacts.stores import WaitingStore
 class ReportingStore(ArtifactStore):
     """In the middle of a download, tells a pipe who is there and waits for a line."""
 
-    def read(self, key: str, effort: Effort | None = None) -> Generator[bytes, None, None]:
+    def read(self, key: str, effort: DownloadBudget | None = None) -> Generator[bytes, None, None]:
         data = b"".join(super().read(key, effort))
         yield data[: len(data) // 2]
         os.write(int(sys.argv[6]), f"{os.getpid()}\n".encode())

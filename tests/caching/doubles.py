@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, cast
 
+from modelserve.batching.batcher import Batcher
 from modelserve.caching import MemoryCache
 from modelserve.errors import InferenceFailed
-from modelserve.execution.batcher import Batcher
-from modelserve.loading import LoadedVersion
 from modelserve.ports import CacheItem
+from modelserve.serving.version import LoadedVersion
 from modelserve.types import Json, Row
-from tests.versions import version_of
+from tests.serving.versions import version_of
 
 
 class Target:

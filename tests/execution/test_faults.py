@@ -16,10 +16,10 @@ import pytest
 
 from modelserve.errors import DeadlineExceeded, InferenceFailed, NotReady, OutOfMemory, Overloaded, WorkerDied
 from modelserve.events import CircuitOpened, Event, WorkerLost
-from modelserve.execution import circuit
+from modelserve.execution import restarts as circuit
 from modelserve.execution.pool import Pool, PoolOptions
 from modelserve.execution.process import ProcessReplica, WorkerSpec
-from modelserve.execution.seat import Infer
+from modelserve.execution.supervisor import Infer
 from modelserve.testing.misbehaving import (
     DEAF,
     EXIT,
@@ -224,7 +224,7 @@ async def test_a_client_that_repeats_a_deadly_input_leaves_the_others_a_worker(w
             asking = asyncio.create_task(Crowd(world.pool, IMPATIENT_S).ask(SEGFAULT))
             while not asking.done():
                 await asyncio.wait([asking], timeout=0.005)
-                fewest = min(fewest, sum(seat.alive for seat in world.pool._seats))
+                fewest = min(fewest, sum(supervisor.alive for supervisor in world.pool._supervisors))
             answers.append(asking.result())
             await asyncio.sleep(0.01)
         return answers
@@ -304,13 +304,13 @@ async def test_a_replacement_that_starts_slowly(world: World, tmp_path: Path) ->
 
 async def test_a_replacement_that_hangs_while_it_starts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is killed at the limit for starts, and the next one takes its place."""
-    (seat, *_) = world.pool._seats
+    (supervisor, *_) = world.pool._supervisors
     world.load_options.update({"first": "hang"})
     crowd = Crowd(world.pool)
 
     async def strike() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(seat, "_start_limit_s", 0.3)
+            patch.setattr(supervisor, "_start_limit_s", 0.3)
             os.kill(world.pid(), signal.SIGKILL)
             await until(lambda: len(world.lost()) == 2)
         world.load_options.clear()

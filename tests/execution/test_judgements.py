@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelserve.batching import quarantine
+from modelserve.batching.quarantine import Care, Quarantine
 from modelserve.errors import InferenceFailed
-from modelserve.execution import cores, quarantine
-from modelserve.execution.circuit import Circuit
+from modelserve.execution import cores
 from modelserve.execution.in_place import HAND_OVER_S, InPlace
-from modelserve.execution.quarantine import Care, Quarantine
+from modelserve.execution.restarts import RestartPolicy
 
 
 class Clock:
@@ -25,14 +26,14 @@ class Clock:
 
 def test_the_circuit_lets_a_worker_die_once_in_a_while() -> None:
     """Deaths that are far apart are each followed by a start at once."""
-    circuit = Circuit()
+    circuit = RestartPolicy()
     assert [circuit.died(at) for at in (0, 100, 200, 300, 400, 500)] == [0.0] * 6
     assert not circuit.open
 
 
 def test_the_circuit_opens_on_the_fifth_death_in_a_minute_and_closes_when_all_is_well() -> None:
     """Pauses grow, then starts become rare; half a minute of life closes it, and a death begins that anew."""
-    circuit = Circuit()
+    circuit = RestartPolicy()
     assert [circuit.died(at) for at in range(5)] == [0.0, 0.5, 1.0, 2.0, 30.0]
     assert circuit.open
     assert not circuit.lives(40)

@@ -12,7 +12,7 @@ import pytest
 from modelserve.errors import DeadlineExceeded, InferenceFailed, LoadFailed, NotReady, Overloaded, WorkerDied
 from modelserve.events import CircuitClosed, CircuitOpened, Event, PoolScaled, WorkerLost
 from modelserve.execution.pool import Pool, PoolOptions
-from modelserve.execution.seat import Infer
+from modelserve.execution.supervisor import Infer
 from modelserve.ports import NotRun
 from modelserve.testing.clock import VirtualTimeLoop
 from modelserve.types import Json, Row, Scaling
@@ -746,8 +746,8 @@ def test_shrinking_answers_what_the_leaving_replica_has_in_hand(run: Callable[..
         pool = world.pool(smallest=1, largest=2, max_rows=1, scaling=quick)
         await pool.start(prove)
         pool._history.clear()
-        pool._seats.append(seat := pool._new_seat())
-        await seat.open()
+        pool._supervisors.append(supervisor := pool._new_supervisor())
+        await supervisor.open()
         world.batch_s = 4.0
         answers = [asyncio.create_task(outcome(pool, value)) for value in (1.0, 2.0)]
         await asyncio.sleep(3.7)

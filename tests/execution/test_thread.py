@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from modelserve.batching import batcher
 from modelserve.errors import DeadlineExceeded, InferenceFailed, LoadFailed, NotReady, WorkerDied
-from modelserve.execution import batcher, thread
+from modelserve.execution import thread
 from modelserve.execution.pool import Pool, PoolOptions
-from modelserve.execution.seat import Infer
+from modelserve.execution.supervisor import Infer
 from modelserve.execution.thread import ThreadReplica
 from modelserve.ports import NotRun
 from modelserve.signature import Field, Signature

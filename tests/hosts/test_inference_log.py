@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 import modelserve as ms
 from modelserve.events import Served
-from modelserve.monitor.inference_log import FLUSH_S
+from modelserve.monitor.log.writer import FLUSH_S
 from modelserve.testing.models import tells, telltale
 from tests import servers
 

@@ -22,7 +22,7 @@ from starlette.routing import Mount
 
 import modelserve as ms
 from modelserve.errors import NotRunning
-from modelserve.loops import PrivateLoop
+from modelserve.serving.loops import PrivateLoop
 from modelserve.testing.models import tells, telltale
 from tests.http.driver import Answer, App, Message, Messages, call_asgi, socket_caller, uvicorn_serving
 from tests.test_sync_server import run_script

@@ -10,7 +10,7 @@ from modelserve.errors import BackendUnavailable
 from modelserve.events import Served
 from modelserve.signature import Field, Signature
 from modelserve.types import LogRecord
-from tests.versions import version_of
+from tests.serving.versions import version_of
 
 SIGNATURE = Signature([Field("tenure", "int64"), Field("plan", "string")])
 

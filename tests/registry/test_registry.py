@@ -19,6 +19,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from modelserve.database.tables import deployment, model_version
 from modelserve.errors import (
     InvalidInput,
     InvalidTransition,
@@ -28,7 +29,6 @@ from modelserve.errors import (
     VersionNotFound,
 )
 from modelserve.registry import Registry
-from modelserve.registry.tables import deployment, model_version
 from modelserve.types import Artifact, DeploymentEvent, ModelVersion, Pointer
 
 Insert: TypeAlias = Callable[..., ModelVersion]

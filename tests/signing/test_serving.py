@@ -17,7 +17,7 @@ import modelserve as ms
 from modelserve.artifacts import DiskCache
 from modelserve.errors import ArtifactCorrupt, ArtifactUnsafe
 from modelserve.events import LoadRejected
-from modelserve.loading import Loader
+from modelserve.serving.loader import Loader
 from modelserve.signing import generate_keys, trusted_keys
 from modelserve.testing.models import tells, telltale
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from modelserve import plugins
 from modelserve.errors import BackendUnavailable, ConfigError
-from modelserve.listening import TICK_S, Feed, Turn
+from modelserve.feed import TICK_S, Feed, Turn
 from modelserve.ports import PG_CHANNEL, ChangeListener
 
 _BACKEND: Final = "PostgreSQL"

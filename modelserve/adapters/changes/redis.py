@@ -11,7 +11,7 @@ from typing import Any, Final
 from modelserve import plugins
 from modelserve.adapters.redis_driver import BACKEND, our_errors, reading_url, socket_options, split_url
 from modelserve.errors import BackendUnavailable
-from modelserve.listening import TICK_S, Feed, Turn
+from modelserve.feed import TICK_S, Feed, Turn
 from modelserve.ports import ChangeListener
 
 CHANNEL: Final = "modelserve:changes"

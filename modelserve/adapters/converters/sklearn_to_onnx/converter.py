@@ -18,7 +18,7 @@ from modelserve import plugins
 from modelserve.adapters.converters.sklearn_to_onnx import assembly, boosters, gaps, histogram_trees
 from modelserve.adapters.converters.sklearn_to_onnx.assembly import Stage
 from modelserve.adapters.fitted_columns import fitted_names, in_fitted_order
-from modelserve.errors import InvalidInput, MissingDependency, in_words
+from modelserve.errors import InvalidInput, MissingDependency, describe
 from modelserve.ports import SavedModel
 from modelserve.types import SOLE_OUTPUT, Array, Columns, FrameworkName, Json
 
@@ -55,7 +55,7 @@ class SklearnToOnnx:
             except MissingDependency:
                 raise
             except Exception as error:  # noqa: BLE001  # skl2onnx raises anything for what it does not know
-                problems.append(f"{way}: {in_words(error).splitlines()[0]}")
+                problems.append(f"{way}: {describe(error).splitlines()[0]}")
                 continue
             path = folder / f"{way}.onnx"
             path.write_bytes(graph.SerializeToString())
@@ -74,7 +74,7 @@ def _wanted(model: Any, options: Mapping[str, Json], example: Columns) -> Array:
     except InvalidInput:
         raise
     except Exception as error:
-        raise InvalidInput("example", f"the model does not answer it: {in_words(error)}") from error
+        raise InvalidInput("example", f"the model does not answer it: {describe(error)}") from error
     if set(answer) != {SOLE_OUTPUT}:
         raise InvalidInput(
             "method", f"{method!r} gives several outputs, which cannot be converted; leave out optimize="

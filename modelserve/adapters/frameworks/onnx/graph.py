@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 
 from modelserve import plugins
-from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed, in_words
+from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed, describe
 
 _DTYPES: Final = {
     "BOOL": "bool",
@@ -104,7 +104,7 @@ def metadata_of(model: Any) -> dict[str, str]:
 
 def first_line(error: Exception) -> str:
     """Return what a driver says went wrong, without the stack of its own that may follow."""
-    return in_words(error).splitlines()[0]
+    return describe(error).splitlines()[0]
 
 
 def _require_whole(model: Any) -> None:

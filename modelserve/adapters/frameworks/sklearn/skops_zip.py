@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from modelserve import plugins
 from modelserve.adapters.frameworks.sklearn.formats import Format
-from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed, in_words
+from modelserve.errors import ArtifactUnsafe, InvalidInput, LoadFailed, describe
 from modelserve.types import Json, Runtime
 
 # What scikit-learn's own estimators are made of beyond skops's list: arrays behind a C structure and plain helper
@@ -94,7 +94,7 @@ def _trusted_types(path: Path, trusted: Sequence[str]) -> list[str]:
     try:
         found = set(_skops().get_untrusted_types(file=path))
     except Exception as error:  # whatever a file that is cut off, damaged or made up by somebody does to skops
-        raise LoadFailed(f"skops cannot read the artifact: {in_words(error)}") from error
+        raise LoadFailed(f"skops cannot read the artifact: {describe(error)}") from error
     unknown = sorted(found - _PARTS_OF_SKLEARN - set(trusted))
     local = next((name for name in unknown if "<" in name or name.startswith("__main__.")), None)
     if local is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from modelserve import plugins
-from modelserve.errors import ArtifactUnsafe, InvalidInput, MissingDependency, in_words
+from modelserve.errors import ArtifactUnsafe, InvalidInput, MissingDependency, describe
 
 Flavor: TypeAlias = Mapping[str, Any]
 
@@ -53,7 +53,7 @@ class Folder:
         try:
             return read(path)
         except Exception as error:
-            raise InvalidInput("model", f"{path.name} cannot be opened here: {in_words(error)}") from error
+            raise InvalidInput("model", f"{path.name} cannot be opened here: {describe(error)}") from error
 
 
 def open_model(root: Path, description: Mapping[str, Any], *, allow_pickle: bool) -> Opened:

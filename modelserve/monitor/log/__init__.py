@@ -1,0 +1,1 @@
+"""The inference log: sampling, records, and the thread that writes them."""

@@ -1,0 +1,1 @@
+"""Metrics: counters, their text format, and their sum over the processes of a host."""

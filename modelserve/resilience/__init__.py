@@ -1,0 +1,1 @@
+"""Calls to backends that may be slow or down: time limits and circuit breakers."""

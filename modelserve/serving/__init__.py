@@ -1,0 +1,1 @@
+"""One model in service: reconciled with the registry, loaded, proven, replaced, freed."""
