@@ -228,7 +228,7 @@ class AsyncModelServer:
                     rows = pending
                 else:
                     if cache is not None and target.request_key is not None:
-                        known = await cache.look(target, list(map(target.request_key, pending)), deadline)
+                        known = await cache.look(target, target.request_key, pending, deadline)
                     answered = () if known is None else known.answered
                     rows, degraded = await self._feature_reader.enrich(plan, pending, where, deadline, answered)
                 if cache is not None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Final, NamedTuple, Protocol, Self, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, Self, TypeAlias
 
 import orjson
 
@@ -22,6 +22,8 @@ from modelserve.caching.shared import Shared
 from modelserve.caching.tiers import Tiers
 from modelserve.errors import DeadlineExceeded, NotReady
 from modelserve.ports import Cache
+from modelserve.signature import AT_ONCE, Signature
+from modelserve.turns import Steps, in_turns
 from modelserve.types import Json, ModelVersion, Row
 
 Result: TypeAlias = Json | Exception
@@ -42,6 +44,7 @@ class CacheableVersion(Protocol):
     meta: ModelVersion
     cache_ttl_s: float
     timeout_s: float
+    signature: Signature
 
     @property
     def pool(self) -> Runs:
@@ -108,8 +111,14 @@ class PredictionCache:
         """Finish what is on its way to the shared cache, within a second."""
         await self._tiers.close()
 
-    async def look(self, target: CacheableVersion, keys: Sequence[str], deadline: float) -> Known:
-        """Return what is kept under each key, as far as that can be had by ``deadline``."""
+    async def look(
+        self, target: CacheableVersion, key_of: Callable[[Any], str], rows: Sequence[Any], deadline: float
+    ) -> Known:
+        """Return what is kept for each row under its key, as far as that can be had by ``deadline``."""
+        if len(rows) * target.signature.strings <= AT_ONCE:
+            keys = list(map(key_of, rows))
+        else:
+            keys = await in_turns(_keys(key_of, rows, max(1, AT_ONCE // target.signature.strings)))
         known = Known(keys, [_MISSING] * len(keys))
         self._look(target, known)
         if self._tiers.has_more and not known.complete:
@@ -134,7 +143,7 @@ class PredictionCache:
         if any(degraded):
             return await self._answer_some(target, rows, deadline, known, degraded)
         if known is None:
-            known = await self.look(target, [target.cache_key(row) for row in rows], deadline)
+            known = await self.look(target, target.cache_key, rows, deadline)
         cached = known.answered
         if not known.complete:
             await self._run(target, rows, known.keys, known.results, deadline)
@@ -262,3 +271,11 @@ class PredictionCache:
         if ticket.own:
             return result
         return copy_of(result) if isinstance(result, Exception) else copy.deepcopy(result)
+
+
+def _keys(key_of: Callable[[Any], str], rows: Sequence[Any], at_once: int) -> Steps[list[str]]:
+    keys: list[str] = []
+    for start in range(0, len(rows), at_once):
+        keys += map(key_of, rows[start : start + at_once])
+        yield
+    return keys

@@ -7,23 +7,29 @@ they say why it will not do what is expected of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 from modelserve.config import ModelOptions
+
+MOST_CACHED_STRINGS: Final = 65_536
+"""Of how many strings a row may consist to have a key in the prediction cache: they are hashed on the event loop."""
 
 
 def misfits(
     options: ModelOptions,
     seconds: Mapping[int, float],
     *,
+    strings: int = 0,
     replica_bytes: int | None = None,
     memory_bytes: int | None = None,
 ) -> tuple[str, ...]:
     """Return what cannot work.
 
-    ``seconds`` are the times of a warm-up by rows in the batch, ``replica_bytes`` is what one replica takes at
-    least and ``memory_bytes`` all that there is; what is not known is left out.
+    ``seconds`` are the times of a warm-up by rows in the batch, ``strings`` how many a row has,
+    ``replica_bytes`` is what one replica takes at least and ``memory_bytes`` all that there is; what is not known is
+    left out.
     """
-    found = [*_of_time(options, seconds), *_of_waiting(options)]
+    found = [*_of_time(options, seconds), *_of_waiting(options), *_of_caching(options, strings)]
     if replica_bytes is not None and memory_bytes is not None:
         found += _of_memory(options, replica_bytes, memory_bytes)
     return tuple(found)
@@ -61,6 +67,14 @@ def _of_waiting(options: ModelOptions) -> Iterator[str]:
         )
     if options.max_wait_ms >= options.slo_ms:
         yield f"max_wait_ms={options.max_wait_ms:g} uses up slo_ms={options.slo_ms:g}: a partial batch is always late"
+
+
+def _of_caching(options: ModelOptions, strings: int) -> Iterator[str]:
+    if options.cache_ttl_s and strings > MOST_CACHED_STRINGS:
+        yield (
+            f"cache_ttl_s={options.cache_ttl_s:g} has no effect on rows of {strings} strings: the cache takes rows of "
+            f"at most {MOST_CACHED_STRINGS}"
+        )
 
 
 def _of_memory(options: ModelOptions, each: int, memory: int) -> Iterator[str]:

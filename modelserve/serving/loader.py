@@ -91,18 +91,18 @@ class Loader:
             try:
                 warm_up = WarmUp(signature, example, largest_batch=options.batch_rows, padded=options.pad_batches)
                 await _start(pool, warm_up, before)
-                warnings = await self._misfits(meta, options, pool)
+                warnings = await self._misfits(meta, options, signature.strings, pool)
             except BaseException:
                 await asyncio.shield(_discard(pool, leases.pop_all()))
                 raise
             kept = leases.pop_all()
             return LoadedVersion(meta, options, signature, pool, kept, before=before, plan=plan, warnings=warnings)
 
-    async def _misfits(self, meta: ModelVersion, options: ModelOptions, pool: Pool) -> tuple[str, ...]:
+    async def _misfits(self, meta: ModelVersion, options: ModelOptions, strings: int, pool: Pool) -> tuple[str, ...]:
         """Say in the log what of the options cannot work with this model on this machine."""
         _, taken = await self._run(self._look_at_memory, _pids(pool))
         each, total = max(meta.artifact.size, taken or 0), await self._run(self._memory.total)
-        found = misfits(options, pool.measured, replica_bytes=each, memory_bytes=total)
+        found = misfits(options, pool.measured, strings=strings, replica_bytes=each, memory_bytes=total)
         for sentence in found:
             _log.warning("misconfigured: %s %s: %s", meta.model_name, meta.version, sentence)
         return found

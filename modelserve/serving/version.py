@@ -10,6 +10,7 @@ from typing import Self
 from modelserve.config import ModelOptions
 from modelserve.execution.pool import Pool
 from modelserve.features.plan import FeaturePlan, Pending
+from modelserve.serving.feasibility import MOST_CACHED_STRINGS
 from modelserve.signature import Signature
 from modelserve.signature.digest import input_digest
 from modelserve.types import ModelVersion, Row
@@ -64,7 +65,7 @@ class LoadedVersion:
         self.timeout_s = options.timeout_ms / 1000
         self.warnings = tuple(warnings)
         """What of its options cannot work."""
-        self.cache_ttl_s = options.cache_ttl_s
+        self.cache_ttl_s = options.cache_ttl_s if signature.strings <= MOST_CACHED_STRINGS else 0.0
         self._digest = input_digest(meta, signature.canonical)
         self.request_key = None if plan is None or options.cache_key == "merged" else _request_key(meta, plan)
         """Returns the key of what is answered to a request whatever its features are; None where these count."""

@@ -31,7 +31,7 @@ class Signature:
     modelserve.errors.InvalidInput: tenure: expected int64, got a string
     """
 
-    __slots__ = ("_examiners", "_fits", "_names", "_others", "_pick", "_shaped", "_write", "inputs", "size")
+    __slots__ = ("_examiners", "_fits", "_names", "_others", "_pick", "_shaped", "_write", "inputs", "size", "strings")
 
     def __init__(self, inputs: Iterable[Field]) -> None:
         self.inputs = tuple(inputs)
@@ -48,6 +48,8 @@ class Signature:
         self._shaped = {field.name: field for field in self.inputs if field.shape}
         self.size = sum(math.prod(field.shape) for field in self.inputs)
         """How many elements one row has."""
+        self.strings = sum(math.prod(field.shape) for field in self.inputs if field.dtype == "string")
+        """How many of them are strings. What is done with these is done one by one, with numbers all at once."""
 
     # -- the request path ----------------------------------------------------------------------------------
 

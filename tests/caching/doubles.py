@@ -11,6 +11,7 @@ from modelserve.caching import MemoryCache
 from modelserve.errors import InferenceFailed
 from modelserve.ports import CacheItem
 from modelserve.serving.version import LoadedVersion
+from modelserve.signature import Field, Signature
 from modelserve.types import Json, Row
 from tests.serving.versions import version_of
 
@@ -22,6 +23,7 @@ class Target:
         self.cache_ttl_s = ttl_s
         self.timeout_s = timeout_s
         self.meta = version_of(name)
+        self.signature = Signature([Field("x", "int64")])
         self.runs: list[Row] = []
         """Every row that was run."""
         self.gate = asyncio.Event()

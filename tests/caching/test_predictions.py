@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from modelserve.caching.memory import MemoryCache
 from modelserve.caching.predictions import PredictionCache
 from modelserve.errors import DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from modelserve.signature import AT_ONCE, Field, Signature
 from modelserve.testing.clock import VirtualTimeLoop
 from tests.caching.doubles import FaultyCache, Target, Turns
 
@@ -405,5 +406,27 @@ def test_a_degraded_row_that_is_refused_leaves_nothing_behind() -> None:
         assert not cache.counts
         target.gate.set()
         await waiting
+
+    run(work)
+
+
+def test_the_keys_of_many_strings_are_made_in_turns() -> None:
+    """While the keys of 20 rows of many strings are made, the loop has its turn every so many strings."""
+
+    async def work() -> None:
+        cache, target = PredictionCache.over(None), Target()
+        target.signature = Signature([Field("x", "string", (AT_ONCE // 4,))])
+        turns, seen = 0, []
+
+        def key_of(row: int) -> str:
+            seen.append(turns)
+            return str(row)
+
+        looking = asyncio.create_task(cache.look(target.loaded, key_of, range(20), 1.0))
+        while not looking.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert looking.result().keys == list(map(str, range(20)))
+        assert max(seen.count(turn) for turn in seen) == 4
 
     run(work)

@@ -51,6 +51,13 @@ def test_each_option_that_cannot_work_is_named_with_both_figures(
     assert all(map(str.startswith, sentences, found)), sentences
 
 
+@pytest.mark.parametrize(("ttl_s", "strings", "found"), [(60, 65_536, 0), (60, 65_537, 1), (0, 65_537, 0)])
+def test_a_cache_that_takes_no_row_of_the_model_is_named(ttl_s: float, strings: int, found: int) -> None:
+    """A row of very many strings has no key, so the option has no effect; there is none to name where it is off."""
+    sentences = misfits(ModelOptions(cache_ttl_s=ttl_s), {}, strings=strings)
+    assert [sentence.split("=")[0] for sentence in sentences] == ["cache_ttl_s"] * found
+
+
 @pytest.mark.parametrize(
     ("options", "memory", "found"),
     [
