@@ -20,6 +20,8 @@ MAX_JSON: Final = 65_536
 """Most bytes of JSON that one row keeps of its inputs, and of its prediction. Larger ones are left out."""
 _MAX_MEMORY: Final = 8 * MAX_JSON  # no text of a row that takes more could be short enough
 _MAX_ERROR: Final = 500
+_MOST_STRINGS: Final = 262_144
+"""In all inputs of a request. A request with more is kept without them: only to measure them would hold the loop."""
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _ZERO: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 """U+0000 as JSON writes it, and not a backslash before the letters u0000."""
@@ -39,10 +41,17 @@ class RecordMaker:
         self._keeps_inputs = keeps_inputs
         self._digest = _digest_of(served, key)
         self._new_id = new_id
+        self._strings_of_row = 0 if served.signature is None else served.signature.strings
         self._names = () if served.signature is None else tuple(field.name for field in served.signature.inputs)
         self._fixed, self._strings = _room(served.signature)
         # The size is looked at first: the text of a picture takes a hundred times longer to make than to leave out.
         self._inputs_fit = keeps_inputs and served.signature is not None and self._fixed <= _MAX_MEMORY
+
+    def kept(self, served: Served) -> Served:
+        """Return an answer as it waits for its record: without inputs that are too many strings."""
+        if len(served.inputs) * self._strings_of_row <= _MOST_STRINGS:
+            return served
+        return served._replace(inputs=((),) * len(served.inputs))
 
     def fits(self, served: Served) -> bool:
         """Whether this is still the version: another database may have another one of the same name."""

@@ -154,6 +154,7 @@ class InferenceLog:
         rows = rows_of(event)
         self._sampled += rows
         maker = self._maker(event)
+        event = maker.kept(event)
         error = None
         if event.error is not None:
             error, event = maker.told(event.error), event._replace(error=None)

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import json
 import struct
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -155,3 +155,37 @@ def test_texts_that_are_a_little_too_long_are_left_out() -> None:
 def test_predictions_as_json(value: object, text: str | None) -> None:
     """NaN is null, and what has no JSON form is left out."""
     assert json_text(value) == text
+
+
+class _Untouched:
+    """An input that must not be looked at."""
+
+    def ravel(self) -> NoReturn:
+        raise AssertionError
+
+    def __len__(self) -> NoReturn:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_very_many_strings_are_not_looked_at(failed: bool) -> None:  # noqa: FBT001  # a case
+    """A request of too many strings has a record for each row without inputs and hash; none is measured."""
+    signature = Signature([Field("x", "string", (100_000,))])
+    changed: dict[str, Any] = {"error": InferenceFailed("no"), "values": ()} if failed else {}
+    event = served(rows=3, inputs=[(_Untouched(),)] * 3, signature=signature, **changed)
+    maker = RecordMaker(event, keeps_inputs=True, key=None, new_id=uuid7_source())
+    kept = maker.kept(event)
+    assert maker.size_of(kept, None) < 100_000
+    records = maker(kept, "InferenceFailed" if failed else None, NOW)
+    assert [(record.row_index, record.inputs, record.input_hash) for record in records] == [
+        (i, None, None) for i in range(3)
+    ]
+    assert [record.error is not None for record in records] == [failed] * 3
+
+
+def test_as_many_strings_as_are_kept_have_their_hash() -> None:
+    """Below the bound an answer waits as it is."""
+    signature = Signature([Field("x", "string", (100_000,))])
+    event = served(rows=2, inputs=[(_Untouched(),)] * 2, signature=signature)
+    maker = RecordMaker(event, keeps_inputs=True, key=None, new_id=uuid7_source())
+    assert maker.kept(event) is event
