@@ -1,7 +1,8 @@
 """How long one request holds the event loop, whatever its body holds.
 
 A task that does nothing but take its turn measures the longest time between two of them while the request is answered;
-beside it stands what parsing the body at once takes, and the longest turn of an idle loop in the same run.
+beside it stands what parsing the body at once takes, and the longest turn of an idle loop in the same run. Each body is
+asked of models with the options of each mode: plain, with a cache, with a log of every request, in worker processes.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import orjson
@@ -26,7 +27,13 @@ from modelserve.signature import MAX_BODY_BYTES
 
 _HOLD_MS: Final = 50.0
 _SIDE: Final = 512
-_OPTIONS: Final = ms.ModelOptions(timeout_ms=60_000, slo_ms=60_000, max_batch_size=1024)
+_PATIENT: Final[Mapping[str, Any]] = {"timeout_ms": 60_000, "slo_ms": 60_000, "max_batch_size": 1024}
+_MODES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "plain": {},
+    "cache": {"cache_ttl_s": 60},
+    "log": {"log_sample_rate": 1.0},
+    "process": {"executor": "process"},
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,35 +48,42 @@ class Case:
 
 def main() -> None:
     """Measure, print, write."""
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--modes", nargs="+", choices=_MODES, default=list(_MODES))
+    options = parser.parse_args()
     print(machine())
-    with tempfile.TemporaryDirectory() as folder:
-        rows = asyncio.run(_measured(Path(folder), rounds=1 if options.quick else 3))
+    rows: list[dict[str, Any]] = []
+    for mode in options.modes:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += asyncio.run(_measured(Path(folder), mode, rounds=1 if options.quick else 3))
     print_table("the longest hold of the loop by one request, ms", rows)
     ours = [row for row in rows if row["request"] != "none"]
-    budgets = [Budget(f"hold by {row['request']}, ms", _HOLD_MS, row["hold"], at_least=False) for row in ours]
+    budgets = [
+        Budget(f"hold by {row['request']}, {row['mode']}, ms", _HOLD_MS, row["hold"], at_least=False) for row in ours
+    ]
     report("bodies", quick=options.quick, rows=rows, budgets=budgets)
 
 
-async def _measured(folder: Path, rounds: int) -> list[dict[str, Any]]:
+async def _measured(folder: Path, mode: str, rounds: int) -> list[dict[str, Any]]:
     with open_registry(folder) as registry:
         for name, (field, model) in _models().items():
             registry.register(name, "1", model, signature=ms.Signature([field]), method="transform", trusted=_TRUSTED)
             registry.promote(name, "1")
-        names = dict.fromkeys(_models(), _OPTIONS)
-        async with ms.AsyncModelServer(registry, names, cache_dir=folder / "cache", log=False) as server:
+        names = dict.fromkeys(_models(), ms.ModelOptions(**_PATIENT, **_MODES[mode]))
+        log: Literal[False] | None = None if mode == "log" else False
+        async with ms.AsyncModelServer(registry, names, cache_dir=folder / "cache", log=log) as server:
             api = Api(server)
-            rows = [_row("none", [await _hold(asyncio.sleep(0.3)) for _ in range(rounds)], "-", 0)]
+            rows = [_row(mode, "none", [await _hold(asyncio.sleep(0.3)) for _ in range(rounds)], "-", 0)]
             for case in _CASES:
                 body = case.body()
                 holds = [await _hold(_asked(api, case, body)) for _ in range(rounds)]
-                rows.append(_row(case.what, holds, _at_once(body), len(body)))
+                rows.append(_row(mode, case.what, holds, _at_once(body), len(body)))
                 print(rows[-1], flush=True)
             return rows
 
 
-def _row(what: str, holds: list[float], bare: float | str, size: int) -> dict[str, Any]:
-    return {"request": what, "hold": min(holds), "worst": max(holds), "at once": bare, "MB": size / 1e6}
+def _row(mode: str, what: str, holds: list[float], bare: float | str, size: int) -> dict[str, Any]:
+    return {"mode": mode, "request": what, "hold": min(holds), "worst": max(holds), "at once": bare, "MB": size / 1e6}
 
 
 async def _asked(api: Api, case: Case, body: bytes) -> None:
@@ -133,6 +147,10 @@ def _of_strings(rows: int, text: str) -> bytes:
     return orjson.dumps({"instances": [{"x": text}] * rows})
 
 
+def _of_words() -> bytes:
+    return orjson.dumps({"instances": [{"x": ["a"] * 4000}] * 1000})
+
+
 def _exactly(count: int, element: bytes) -> bytes:
     return b'{"inputs": {"x": [%b]}}' % b",".join([element] * count)
 
@@ -155,6 +173,7 @@ _CASES: Final = (
     Case("a batch of 1000 rows of 1000 doubles", "rows", _batch, 200),
     Case("a row of 4,000,000 numbers", "long", lambda: _exactly(4_000_000, b"0.5"), 200),
     Case("a row of 4,000,000 strings", "vocabulary", lambda: _exactly(4_000_000, b'"a"'), 200),
+    Case("1000 rows of 4000 strings", "words", _of_words, 200),
     Case("a picture of 512 × 512 × 3", "picture", _picture, 200),
 )
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import orjson
 
 from modelserve.errors import InferenceFailed
 from modelserve.signature import Field
@@ -115,7 +116,7 @@ class RowLayout:
 
     def _text(self, columns: Sequence[Sequence[Any]]) -> bytes:
         strings = [[each.tolist() for each in columns[i]] if shape else columns[i] for i, shape in self._strings]
-        return within_limits(json.dumps(strings).encode())
+        return within_limits(orjson.dumps(strings))  # a tenth of the time that json takes: the event loop waits
 
     def _views(self, rows: int, block: bytearray | memoryview) -> list[tuple[int, Field, Array]]:
         views, offset = [], 0

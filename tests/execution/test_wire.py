@@ -155,3 +155,11 @@ def test_an_arena_is_read_by_the_other_side_and_grows() -> None:
         arena.close()
         arena.close()
         assert arena.fd == -1
+
+
+def test_strings_cross_as_utf_8() -> None:
+    """A text takes the room of its UTF-8: to write it as escapes would hold the loop ten times as long."""
+    layout, texts = wire.RowLayout([Field("x", "string")]), ["é" * 1000, "鋼" * 1000, "a" * 1000]
+    written = layout.write([(text,) for text in texts], bytearray())
+    assert len(written) < sum(len(text.encode()) for text in texts) + 20
+    assert layout.read(3, bytearray(), written)["x"].tolist() == texts
