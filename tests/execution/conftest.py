@@ -33,7 +33,7 @@ def _held() -> dict[str, Any]:
         "shared memory": sorted(
             each.name
             for each in memory.iterdir()
-            if not each.name.startswith("PostgreSQL.")  # a server's own
+            if not each.name.startswith(("PostgreSQL.", "sem."))  # a server's, or another test process's
         )
         if memory.exists()
         else [],
