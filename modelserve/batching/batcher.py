@@ -34,9 +34,7 @@ with ``WorkerDied`` for the one that it died of; it is given none after either.
 """
 
 _SWEEP_GRID_S: Final = 0.005
-_CLOSE_S: Final = (
-    1.0  # whoever waits for a batch has left before a batcher is closed; this is for what nobody waits for
-)
+_CLOSE_S: Final = 1.0  # for batches that no caller waits for: those with callers end before a batcher is closed
 _SLOW: Final = 4.0  # a batch within so many times its expected time may still end by itself
 
 

@@ -123,9 +123,9 @@ class Grouping:
         while at_hand > 1:
             at_hand = (at_hand + 1) // 2
             seconds += half_fail * _seconds(cost, at_hand)
-        return (
-            seconds + 0.5 * self._ratio * _seconds(cost, 1) if rows > 1 else 0.0
-        )  # alone, where only the other half ran
+        if rows <= 1:
+            return 0.0
+        return seconds + 0.5 * self._ratio * _seconds(cost, 1)  # alone, where only the other half ran
 
 
 def _seconds(cost: CostModel, rows: int) -> float:

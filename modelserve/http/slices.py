@@ -48,9 +48,7 @@ class Slices:
 
     def release(self) -> Steps[None]:
         """Empty the document, a slice at a time: a whole one takes as long to be freed as it took to be made."""
-        for (
-            each
-        ) in self._held:  # what holds others before these: they are freed one by one only when nothing holds them
+        for each in self._held:  # outer ones first: an inner one is freed in its own step, when no other holds it
             each.clear()
             yield
 

@@ -41,9 +41,8 @@ class Provision:
         asked = self._begun
         async with self._turn:
             if self._sound <= asked:
-                await asyncio.sleep(
-                    0
-                )  # all who ask in this turn of the loop, as the replicas of a new pool do, share it
+                # The replicas of a new pool ask in one turn of the loop, and share one hash.
+                await asyncio.sleep(0)
                 self._begun += 1
                 began = self._begun
                 before, self._lease = self._lease, await self._fetch()
