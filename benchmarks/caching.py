@@ -168,7 +168,7 @@ async def _bare_rate(client: Any, keys: Sequence[bytes], seconds: float) -> floa
 
 async def _served_rate(server: ms.AsyncModelServer, inputs: Sequence[Any], seconds: float) -> float:
     """Let the callers predict one row after the other, with nothing kept in this process."""
-    predictions = server._predictions  # noqa: SLF001  # its memory would answer in place of Redis
+    predictions = server._require_running().predictions  # noqa: SLF001  # its memory would answer in place of Redis
     assert isinstance(predictions, PredictionCache)
     predictions._tiers._local.put = lambda *_: None  # type: ignore[method-assign]  # noqa: SLF001
     await predictions._tiers._local.clear("")  # noqa: SLF001

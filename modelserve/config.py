@@ -10,9 +10,9 @@ import difflib
 import logging
 import os
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypedDict
 
 from pydantic import (
     BaseModel,
@@ -35,6 +35,7 @@ from pydantic_settings import (
 from modelserve.errors import ConfigError
 from modelserve.features.declaration import Features, check_apart
 from modelserve.plugins import DOTTED_PATH
+from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
 from modelserve.types import Scaling
 
 _log = logging.getLogger("modelserve")
@@ -161,6 +162,36 @@ class ModelOptions(BaseModel):
     def batch_rows(self) -> int:
         """Most rows in one batch, as a number; what ``"auto"`` never goes beyond."""
         return AUTO_BATCH_SIZE if self.max_batch_size == "auto" else self.max_batch_size
+
+
+class ServerOptions(TypedDict, total=False):
+    """The options of a server, beside its registry and its models.
+
+    Artifacts are kept under ``cache_dir``, at most ``cache_bytes`` of them, and fetching one may take
+    ``download_limit_s`` seconds. The registry is polled every ``poll_s`` seconds; ``changes`` announces changes by
+    other processes sooner: ``"postgres"`` (the registry's own database) or ``"redis://…"``. Answers of models with a
+    ``cache_ttl_s`` are kept in this process, and also in ``cache``: ``"redis://…"``, or an object that is a
+    :class:`modelserve.ports.Cache`. ``features`` is the store that the models' features are read from: ``"redis://…"``,
+    ``"dynamodb://table"``, ``"feast:///path"``, or an object. With ``trusted_keys`` (Ed25519 public keys: PEM texts or
+    the paths of files), a version that none of them signed is refused.
+
+    A sample of the answers is written to ``log``: a database's URL, by default the registry's own if this account may
+    add to it; False for none. ``log_key`` makes the hashes of inputs in it keyed ones. ``metrics`` counts for
+    ``GET /metrics``; host processes that share a ``metrics_dir`` answer with the sum of all.
+    """
+
+    cache_dir: str | Path | None
+    cache_bytes: int | None
+    download_limit_s: float
+    cache: str | Cache | None
+    changes: str | ChangeHints | None
+    poll_s: float
+    trusted_keys: Sequence[str | Path | TrustedKey]
+    features: str | FeatureStore | None
+    log: str | Literal[False] | None
+    log_key: str | None
+    metrics: bool
+    metrics_dir: str | Path | None
 
 
 class Settings(BaseSettings):

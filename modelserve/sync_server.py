@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
-from modelserve.artifacts import DOWNLOAD_LIMIT_S
-from modelserve.config import ModelOptions, Settings
-from modelserve.ports import Cache, ChangeHints, FeatureStore, TrustedKey
+from modelserve.config import ModelOptions, ServerOptions, Settings
 from modelserve.registry import Registry
-from modelserve.server import AsyncModelServer, from_settings
+from modelserve.server import AsyncModelServer
+from modelserve.serving.inference import PredictRequest
 from modelserve.serving.loops import PrivateLoop
 from modelserve.serving.model_reconciler import ModelStatus
 from modelserve.types import LogStatus, Prediction
+from modelserve.wiring import from_settings
 
 T = TypeVar("T")
 
@@ -30,36 +30,9 @@ class ModelServer:
         self,
         registry: Registry,
         models: Mapping[str, ModelOptions] | None = None,
-        *,
-        cache_dir: str | Path | None = None,
-        cache_bytes: int | None = None,
-        download_limit_s: float = DOWNLOAD_LIMIT_S,
-        cache: str | Cache | None = None,
-        changes: str | ChangeHints | None = None,
-        poll_s: float = 1.0,
-        trusted_keys: Sequence[str | Path | TrustedKey] = (),
-        features: str | FeatureStore | None = None,
-        log: str | Literal[False] | None = None,
-        log_key: str | None = None,
-        metrics: bool = True,
-        metrics_dir: str | Path | None = None,
+        **options: Unpack[ServerOptions],
     ) -> None:
-        self.core = AsyncModelServer(
-            registry,
-            models,
-            cache_dir=cache_dir,
-            cache_bytes=cache_bytes,
-            download_limit_s=download_limit_s,
-            cache=cache,
-            changes=changes,
-            poll_s=poll_s,
-            trusted_keys=trusted_keys,
-            features=features,
-            log=log,
-            log_key=log_key,
-            metrics=metrics,
-            metrics_dir=metrics_dir,
-        )
+        self.core = AsyncModelServer(registry, models, **options)
         self._home = PrivateLoop(self.core.close)
 
     @classmethod
@@ -73,13 +46,13 @@ class ModelServer:
         inputs: Mapping[str, Any],
         *,
         version: str | None = None,
+        key: str | None = None,
         timeout_ms: float | None = None,
         request_id: str | None = None,
     ) -> Prediction:
         """Answer one row; options and errors as in :meth:`AsyncModelServer.predict`."""
-        return self.call(
-            self.core.predict(model_name, inputs, version=version, timeout_ms=timeout_ms, request_id=request_id)
-        )
+        request = PredictRequest(model_name, (inputs,), "", version, key, request_id, timeout_ms)
+        return self.call(self.core.answer(request)).prediction()
 
     def predict_many(
         self,
@@ -87,12 +60,15 @@ class ModelServer:
         instances: Sequence[Mapping[str, Any]],
         *,
         version: str | None = None,
+        key: str | None = None,
         timeout_ms: float | None = None,
         request_id: str | None = None,
     ) -> list[Prediction]:
         """Answer several rows; options and errors as in :meth:`AsyncModelServer.predict_many`."""
         return self.call(
-            self.core.predict_many(model_name, instances, version=version, timeout_ms=timeout_ms, request_id=request_id)
+            self.core.predict_many(
+                model_name, instances, version=version, key=key, timeout_ms=timeout_ms, request_id=request_id
+            )
         )
 
     def status(self) -> list[ModelStatus]:

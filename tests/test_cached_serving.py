@@ -344,15 +344,15 @@ async def test_a_redis_that_fails_in_the_middle_costs_milliseconds(
 
 def shared_by(server: ms.AsyncModelServer) -> Shared:
     """Return what the server reads and writes the shared cache with."""
-    assert server._predictions is not None
-    shared = server._predictions._tiers._shared
+    assert server._require_running().predictions is not None
+    shared = server._require_running().predictions._tiers._shared
     assert shared is not None
     return shared
 
 
 async def reads_again(server: ms.AsyncModelServer) -> None:
     """Wait until an answer that only Redis has is given."""
-    predictions = server._predictions
+    predictions = server._require_running().predictions
     assert predictions is not None
     async with asyncio.timeout(20):
         while True:
@@ -387,7 +387,7 @@ async def test_whoever_disconnects_leaves_the_others_their_answer(
     """Of twenty callers with one question those who stay are answered, whoever asked first and goes; it is run once."""
     async with serve(registry, tmp_path, redis_url, max_wait_ms=50) as server:
         asking = [asyncio.create_task(server.predict("m", {"x": [7.0]})) for _ in range(20)]
-        predictions = server._predictions
+        predictions = server._require_running().predictions
         assert predictions is not None
         async with asyncio.timeout(20):
             while not len(predictions._flights):  # noqa: ASYNC110  # what it waits for has no event

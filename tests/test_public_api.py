@@ -7,6 +7,7 @@ import inspect
 import pytest
 
 import modelserve as ms
+from modelserve.config import ServerOptions, Settings
 
 NAMES = [
     "ArtifactCorrupt",
@@ -60,18 +61,26 @@ SIGNATURES = {
     "FeatureWriter.put": "self group key values written_at",
     "FeatureWriter.load": "self table group key time",
     "FeatureWriter.get": "self group key names",
-    "AsyncModelServer": "registry models cache_dir cache_bytes download_limit_s cache changes poll_s trusted_keys "
-    "features log log_key metrics metrics_dir",
-    "AsyncModelServer.predict": "self model_name inputs version timeout_ms request_id",
-    "AsyncModelServer.predict_many": "self model_name instances version timeout_ms request_id",
-    "ModelServer": "registry models cache_dir cache_bytes download_limit_s cache changes poll_s trusted_keys features "
-    "log log_key metrics metrics_dir",
-    "ModelServer.predict": "self model_name inputs version timeout_ms request_id",
+    "AsyncModelServer": "registry models options",
+    "AsyncModelServer.predict": "self model_name inputs version key timeout_ms request_id",
+    "AsyncModelServer.predict_many": "self model_name instances version key timeout_ms request_id",
+    "ModelServer": "registry models options",
+    "ModelServer.predict": "self model_name inputs version key timeout_ms request_id",
     "import_model": "registry source uri source_url name version example method trusted allow_pickle signing_key "
     "actor reason",
     "asgi": "server prefix otherwise max_body_bytes routes",
     "wsgi": "server max_body_bytes routes",
 }
+
+SERVER_OPTIONS = (
+    "cache_dir cache_bytes download_limit_s cache changes poll_s trusted_keys features log log_key metrics metrics_dir"
+)
+
+
+def test_the_options_of_a_server_are_these() -> None:
+    """Option names are part of the interface, and the same in Python, in a file and in the environment."""
+    assert list(ServerOptions.__annotations__) == SERVER_OPTIONS.split()
+    assert set(Settings.model_fields) - {"registry", "artifacts", "models"} == set(SERVER_OPTIONS.split())
 
 
 def test_the_names_are_these() -> None:

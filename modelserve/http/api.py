@@ -15,7 +15,8 @@ from modelserve.http.openapi import openapi_document
 from modelserve.http.problems import HttpProblem, problem_response
 from modelserve.http.routes import Routes, chosen
 from modelserve.monitor.metrics.exposition import CONTENT_TYPE as METRICS_TYPE
-from modelserve.server import Answer, AsyncModelServer
+from modelserve.server import AsyncModelServer
+from modelserve.serving.inference import Inference, PredictRequest
 from modelserve.serving.model_reconciler import ModelStatus
 from modelserve.signature import Pieces
 from modelserve.types import Json, PoolStatus
@@ -58,7 +59,7 @@ class Api:
 
     async def _predict(self, request: Request, model_name: str, request_id: str) -> Response:
         _require_method(request, "POST")
-        target = self._server.loaded(model_name)  # before the body costs anything
+        target = self._server.serving_version(model_name)  # before the body costs anything
         bodies.require_json(request)
         if len(request.body) <= bodies.AT_ONCE:
             return await self._predicted(model_name, bodies.parsed(request.body), request_id)
@@ -72,15 +73,16 @@ class Api:
             raise _misshapen(body)
         if "inputs" in body:
             row = [body["inputs"]]
-            answer = await self._server.answer(model_name, Pieces(row) if is_large else row, "inputs", request_id)
-            return _prediction("prediction", answer[0][0], answer, answer[5][0] if answer[5] else ())
+            rows = Pieces(row) if is_large else row
+            answer = await self._server.answer(PredictRequest(model_name, rows, "inputs", request_id=request_id))
+            return _prediction("prediction", answer.values[0], answer, answer.degraded[0] if answer.degraded else ())
         if "instances" in body:
             rows = body["instances"]
             if not isinstance(rows, list | Pieces) or not rows:
                 raise InvalidInput("instances", "expected a list of at least one row")
             rows = Pieces(rows) if is_large and isinstance(rows, list) else rows
-            answer = await self._server.answer(model_name, rows, "instances[{}]", request_id)
-            return _prediction("predictions", answer[0], answer, answer[5])
+            answer = await self._server.answer(PredictRequest(model_name, rows, "instances[{}]", request_id=request_id))
+            return _prediction("predictions", answer.values, answer, answer.degraded)
         raise _misshapen(body)
 
     # -- models --------------------------------------------------------------------------------------------
@@ -106,14 +108,14 @@ class Api:
 
     def _inputs(self, model_name: str) -> Json:
         try:
-            return self._server.loaded(model_name).signature.to_json()["inputs"]
+            return self._server.serving_version(model_name).signature.to_json()["inputs"]
         except NotReady:
             return None
 
     def _features(self, model_name: str) -> dict[str, Json]:
         """Say which inputs a request does not give, and by which key each is read; nothing for most models."""
         try:
-            plan = self._server.loaded(model_name).plan
+            plan = self._server.serving_version(model_name).plan
         except NotReady:
             return {}
         return {} if plan is None else {"features": plan.keys_of_features}
@@ -186,10 +188,14 @@ def _misshapen(body: dict[str, Json]) -> InvalidInput:
     return InvalidInput("inputs", "missing; give 'inputs' (one row) or 'instances' (several)")
 
 
-def _prediction(key: str, value: Json, answer: Answer, degraded: Sequence[Any]) -> Response:
-    _, version, latency_ms, request_id, cached, _ = answer
-    document = {key: value, "model_version": version, "latency_ms": latency_ms, "request_id": request_id}
-    document["cached"] = len(cached) > 0 and all(cached)
+def _prediction(key: str, value: Json, answer: Inference, degraded: Sequence[Any]) -> Response:
+    document = {
+        key: value,
+        "model_version": answer.version.meta.version,
+        "latency_ms": answer.latency_ms,
+        "request_id": answer.request_id,
+        "cached": answer.is_cached,
+    }
     if degraded:
         document["degraded"] = degraded
     return _answer(document)

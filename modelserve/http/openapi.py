@@ -32,11 +32,11 @@ def openapi_document(server: AsyncModelServer, root: str, routes: Collection[str
     """Describe every model that serves now, with one typed schema per model, and the fixed routes; those of a mount."""
     schemas: dict[str, Json] = {"Problem": _PROBLEM}
     paths = {path: each for family in FAMILIES if family in routes for path, each in _FIXED.get(family, {}).items()}
-    if not server.counts:
+    if not server.metrics_enabled:
         paths.pop("/metrics", None)
     for status in server.status():
         try:
-            loaded = server.loaded(status.model_name)
+            loaded = server.serving_version(status.model_name)
         except NotReady:
             continue
         name = status.model_name

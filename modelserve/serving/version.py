@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 from modelserve.config import ModelOptions
 from modelserve.execution.pool import Pool
@@ -35,6 +35,7 @@ class LoadedVersion:
         "_leases",
         "_room",
         "cache_ttl_s",
+        "caches_by_request",
         "meta",
         "options",
         "plan",
@@ -42,6 +43,7 @@ class LoadedVersion:
         "request_key",
         "signature",
         "timeout_s",
+        "validate",
         "warnings",
     )
 
@@ -69,6 +71,9 @@ class LoadedVersion:
         self._digest = input_digest(meta, signature.canonical)
         self.request_key = None if plan is None or options.cache_key == "merged" else _request_key(meta, plan)
         """Returns the key of what is answered to a request whatever its features are; None where these count."""
+        self.caches_by_request = self.cache_ttl_s > 0 and self.request_key is not None
+        self.validate: Callable[[Any], Any] = signature.validate if plan is None else plan.validate
+        """Returns one instance as a row, or as what its features are still missing from. Raises ``InvalidInput``."""
         self._held = held  # what has to stay on the disk
         self._leases = 0
         self._drained: asyncio.Event | None = None

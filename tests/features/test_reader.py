@@ -542,8 +542,9 @@ async def test_a_redis_that_is_down_degrades_answers_within_the_budget(
                 assert {(each.prediction, each.degraded) for each in answers} <= {(1.0, ("spend", "price"))}
             assert statistics.median(waited_ms) < 1
             assert sorted(waited_ms)[int(len(waited_ms) * 0.95)] < BUDGET_S * 1000 + 20
-            assert server._feature_reader is not None
-            assert server._feature_reader._breaker.open
+            reader = server._require_running().features
+            assert reader is not None
+            assert reader._breaker.open
         finally:
             if fault == "stalled":
                 own_redis.signal(signal.SIGCONT)

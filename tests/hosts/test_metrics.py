@@ -140,7 +140,7 @@ def test_a_database_that_stands_still_holds_up_no_scrape(folder: Path) -> None:
         ms.ModelServer(registry, cache_dir=folder / "cache", metrics_dir=folder / "metrics") as server,
     ):
         for _ in range(10):
-            server.core._sql.submit(over.wait, 30)
+            server.core._require_running().executors.sql.submit(over.wait, 30)
         try:
             began = time.monotonic()
             assert samples((server.metrics() or b"").decode())["modelserve_processes"] == 1

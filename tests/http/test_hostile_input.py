@@ -158,7 +158,7 @@ def _change_element(draw: st.DrawFn, tensor: list[Any], value: Any) -> None:
 
 def fits(server: ms.ModelServer, model_name: str, request: dict[str, Any]) -> bool:
     """Whether the model's signature takes a request, its numbers read as the server reads them."""
-    signature = Signature.from_json(server.core.loaded(model_name).signature.to_json())
+    signature = Signature.from_json(server.core.serving_version(model_name).signature.to_json())
     try:
         signature.validate(orjson.loads(json.dumps(request)))
     except (InvalidInput, orjson.JSONDecodeError):

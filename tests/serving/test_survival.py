@@ -122,8 +122,7 @@ async def test_a_bad_version_leaves_the_old_one_serving_and_heals(
 
 async def held(server: ms.AsyncModelServer) -> dict[str, int]:
     """Count what the versions of ``m`` hold when nothing is on its way in or out."""
-    assert server._live is not None
-    keeper = server._live._keepers["m"]
+    keeper = server._require_running().reconciler._keepers["m"]
     if keeper._retiring:
         await asyncio.wait(keeper._retiring)
     for loaded in keeper._loaded.values():
@@ -202,7 +201,7 @@ async def test_many_promotes_leave_at_most_two_versions_loaded(
         assert (after["versions"], after["leases"]) == (kept, 2 * kept)  # of each the model and its example
         assert server.status()[0].previous == ("3" if kept == 2 else None)
         loads: list[Any] = []
-        server._loads.submit = loads.append  # type: ignore[assignment]  # nothing can be fetched any more
+        server._require_running().executors.loads.submit = loads.append  # type: ignore[assignment]  # nothing can be fetched any more
         if kept == 2:
             registry.rollback("m")
             await until(lambda: server.status()[0].production == "3", server)
