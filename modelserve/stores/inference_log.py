@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import datetime as dt
-import sqlite3
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 import orjson
 import sqlalchemy as sa
 
-from modelserve.database.engine import Database
 from modelserve.database.tables import inference_log
-from modelserve.errors import BackendUnavailable, InvalidInput
+from modelserve.errors import InvalidInput
+from modelserve.stores.base import SqlStore
 from modelserve.types import LogRecord
 
 _COLUMNS: Final = LogRecord._fields
@@ -52,50 +51,12 @@ _INSERT: Final = {"sqlite": _sqlite_insert(), "postgresql": _postgres_insert()}
 _ROWS_A_STATEMENT: Final = 100
 
 
-class LogTable:
-    """The inference log in a database: the registry's own, or one apart.
+class LogTable(SqlStore):
+    """The inference log in a database: the registry's own, or one apart."""
 
-    Use it as a context manager, or close it. Every method may raise ``BackendUnavailable`` when the database does not
-    answer, and ``SchemaOutdated`` when its tables are of another release.
-    """
-
-    def __init__(self, database: Database, *, shared: bool = False) -> None:
-        self._database = database
-        self._shared = shared
-
-    def __repr__(self) -> str:
-        return f"LogTable({self.shown_url!r})"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def shown_url(self) -> str:
-        """The URL of the database without its secrets."""
-        return self._database.shown_url
-
-    def close(self) -> None:
-        """Close the idle connections, if they are not the registry's. Later use opens new ones."""
-        if not self._shared:
-            self._database.close()
+    table = inference_log
 
     # -- writing -------------------------------------------------------------------------------------------
-
-    def may_write(self) -> bool:
-        """Whether this account may add records; a replica, and a file that is read-only, take none."""
-        try:
-            with self._database.write() as connection:
-                if connection.dialect.name == "postgresql":
-                    return _postgres_allows(connection)
-                connection.execute(sa.delete(inference_log).where(sa.false()))  # what only a writer may say
-                return True
-        except BackendUnavailable as error:
-            if _is_read_only(error):
-                return False
-            raise
 
     def append(self, records: Sequence[LogRecord]) -> None:
         """Add records in one transaction; those whose ids are there already change nothing.
@@ -104,15 +65,10 @@ class LogTable:
         """
         if not records:
             return
-        try:
-            with self._database.write() as connection:
-                insert = _INSERT[connection.dialect.name]
-                for at in range(0, len(records), _ROWS_A_STATEMENT):
-                    connection.exec_driver_sql(insert, (_document(records[at : at + _ROWS_A_STATEMENT]),))
-        except BackendUnavailable:
-            if not self._shared:  # a log's own file may be moved away; a registry that is gone must not come back empty
-                self._database.look_again()
-            raise
+        with self._write() as connection:
+            insert = _INSERT[connection.dialect.name]
+            for at in range(0, len(records), _ROWS_A_STATEMENT):
+                connection.exec_driver_sql(insert, (_document(records[at : at + _ROWS_A_STATEMENT]),))
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -248,14 +204,3 @@ def _document(records: Sequence[LogRecord]) -> str:
         return orjson.dumps(rows).decode()
     except TypeError as error:
         raise InvalidInput("records", f"cannot be written: {error}") from error
-
-
-def _postgres_allows(connection: sa.Connection) -> bool:
-    allowed = "has_table_privilege('inference_log', 'INSERT') AND current_setting('transaction_read_only') = 'off'"
-    return bool(connection.scalar(sa.text(f"SELECT {allowed}")))  # a constant
-
-
-def _is_read_only(error: BackendUnavailable) -> bool:
-    """Whether SQLite says that the file, or the connection, is for reading only."""
-    cause = getattr(error.__cause__, "orig", None)
-    return isinstance(cause, sqlite3.Error) and (cause.sqlite_errorcode & 0xFF) == sqlite3.SQLITE_READONLY
