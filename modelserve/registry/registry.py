@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from modelserve import plugins, signing
 from modelserve.artifacts import ArtifactStore
+from modelserve.database import clock
 from modelserve.database.engine import Database
 from modelserve.database.tables import model_version
 from modelserve.errors import (
@@ -60,10 +61,6 @@ from modelserve.types import (
 )
 
 
-def _utc_now() -> dt.datetime:
-    return dt.datetime.now(dt.UTC)
-
-
 def _absolute(artifacts: str) -> str:
     """Return a folder's path as it is now, like that of the database: the host may change its directory."""
     return artifacts if "://" in artifacts else str(Path(artifacts).absolute())
@@ -74,10 +71,10 @@ class Registry:
 
     ``artifacts`` says where the models' bytes are kept: an fsspec URL, or a store made with options of its own.
     ``changes`` is where servers in other processes are told of changes: ``"redis://…"``. One in PostgreSQL tells them
-    by itself. ``now`` tells the time, aware.
+    by itself. Times are the database's, on which all processes agree; ``now`` (aware) replaces its clock.
     Nothing is opened before first use, which creates the tables in an empty database. One registry may be used from
     many threads, and by processes forked after it was made. Every method may raise ``BackendUnavailable`` when the
-    database does not answer and ``SchemaOutdated`` when its tables are of another release.
+    database does not answer and ``SchemaOutdated`` when its tables do not fit this release.
     """
 
     def __init__(
@@ -86,7 +83,7 @@ class Registry:
         artifacts: str | ArtifactStore | None = None,
         *,
         changes: str | ChangePublisher | None = None,
-        now: Callable[[], dt.datetime] = _utc_now,
+        now: Callable[[], dt.datetime] | None = None,
     ) -> None:
         self._database = Database(url)
         self._artifacts = _absolute(artifacts) if isinstance(artifacts, str) else artifacts
@@ -416,7 +413,7 @@ class Registry:
             "metrics": plain_json("metrics", metrics),
             "tags": plain_json("tags", tags),
             "status": "staging",
-            "created_at": self._now(),
+            **example_columns(example),
         }
         if signing_key is not None:
             row["attestation"] = signing.signed(
@@ -434,7 +431,8 @@ class Registry:
         with self._change(model_name, "register", actor, reason, create=True) as change:
             if find_version(change.connection, model_name, version) is not None:
                 raise VersionExists(model_name, version)
-            change.connection.execute(sa.insert(model_version).values(**row, **example_columns(example)))
+            row["created_at"] = self._time(change.connection)
+            change.connection.execute(sa.insert(model_version).values(row))
             change.version = version
             return require_version(change.connection, model_name, version)
 
@@ -448,13 +446,16 @@ class Registry:
         check_text("reason", reason)
         with self._database.write() as connection:
             if create:
-                create_deployment(connection, model_name, self._now())
+                create_deployment(connection, model_name, self._time(connection))
             change = Change.begin(connection, model_name)
             yield change
             if change.version is None:
                 return
-            change.save(action=action, actor=actor, reason=reason, now=self._now())
+            change.save(action=action, actor=actor, reason=reason, now=self._time(connection))
         self._hints.publish(model_name)
+
+    def _time(self, connection: sa.Connection) -> dt.datetime:
+        return clock.now(connection) if self._now is None else self._now()
 
 
 def _default_actor() -> str:

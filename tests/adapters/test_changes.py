@@ -114,7 +114,7 @@ def test_a_change_that_is_rolled_back_is_not_told(postgres_url: str) -> None:
         heard.until(None)
         with pytest.raises(RuntimeError), registry._change("churn", "promote", "tester", "") as change:
             change.version = "1"
-            change.save(action="promote", actor="tester", reason="", now=registry._now())
+            change.save(action="promote", actor="tester", reason="", now=registry._time(change.connection))
             raise RuntimeError("before the commit")
         registry.promote("churn", "1")
         heard.until("churn")

@@ -19,6 +19,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from modelserve.database import clock
 from modelserve.database.tables import deployment, model_version
 from modelserve.errors import (
     InvalidInput,
@@ -544,3 +545,14 @@ def test_any_sequence_of_calls_agrees_with_the_model(insert: Insert) -> None:
     RegistryMachine.insert = staticmethod(insert)
     RegistryMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
     RegistryMachine.TestCase("runTest").runTest()
+
+
+def test_times_are_those_of_the_database(registry: Registry, insert: Insert, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes whose clocks differ by days write times that compare: versions and events follow one clock."""
+
+    def off(_: sa.Connection) -> dt.datetime:
+        return dt.datetime(2031, 1, 1, tzinfo=dt.UTC)
+
+    monkeypatch.setattr(clock, "now", off)
+    assert insert(registry, "churn", "1").created_at == dt.datetime(2031, 1, 1, tzinfo=dt.UTC)
+    assert registry.history("churn")[0].occurred_at == dt.datetime(2031, 1, 1, tzinfo=dt.UTC)
