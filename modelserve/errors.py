@@ -28,7 +28,8 @@
     ├── ConfigError
     │   └── SchemaOutdated
     ├── MissingDependency        also an ImportError
-    └── ForkedServer
+    ├── ForkedServer
+    └── LeaseLost
 
 Messages are built here from the data the exception carries, so that a caller can read the data and a
 human the sentence. ``retryable`` says whether the same call may succeed later without a change. How an
@@ -228,12 +229,22 @@ class ConfigError(ModelServeError):
 
 
 class SchemaOutdated(ConfigError):
-    """The database has the tables of another release."""
+    """The database and this release do not fit: one of the two is older than the other can work with.
 
-    def __init__(self, found: str, wanted: str) -> None:
-        super().__init__(f"the database is at schema {found}, this release needs {wanted}; run `modelserve db upgrade`")
+    ``found`` is the database's revision and ``wanted`` this release's. ``compatible_with`` is the oldest revision that
+    a newer database still works with; None where the database is the older one.
+    """
+
+    def __init__(self, found: str, wanted: str, compatible_with: str | None = None) -> None:
+        super().__init__(
+            f"the database is at schema {found}, this release needs {wanted}; run `modelserve db upgrade`"
+            if compatible_with is None
+            else f"this process is older than the database: upgrade modelserve (the database is at schema {found}, "
+            f"which takes a release that knows {compatible_with}; this one knows {wanted})"
+        )
         self.found = found
         self.wanted = wanted
+        self.compatible_with = compatible_with
 
 
 class MissingDependency(ModelServeError, ImportError):
@@ -253,6 +264,15 @@ class ForkedServer(ModelServeError):
             f"this server was started in process {started_in} and copied by fork into {used_in}, where its "
             "threads do not exist; start it after the fork (gunicorn: in post_fork, or give ms.wsgi an unstarted one)"
         )
+
+
+class LeaseLost(ModelServeError):
+    """Another process has taken over: what was about to be written under the lease was refused."""
+
+    def __init__(self, name: str, token: int) -> None:
+        super().__init__(f"the lease {name} was lost: its token is no longer {token}")
+        self.name = name
+        self.token = token
 
 
 def failure_of(error: BaseException) -> InferenceFailed:

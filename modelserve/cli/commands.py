@@ -85,7 +85,7 @@ def upgrade(context: typer.Context) -> None:
     """Create the registry's tables, or bring them to this release."""
     with _registry(context) as registry:
         registry.upgrade()
-    typer.echo(f"the database has the tables of modelserve {modelserve.__version__}")
+    typer.echo(f"the database is ready for modelserve {modelserve.__version__}")
 
 
 # -- versions and their way to production ------------------------------------------------------------------

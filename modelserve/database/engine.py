@@ -17,7 +17,8 @@ from sqlalchemy import event
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from modelserve import plugins
-from modelserve.database.tables import HEAD, VERSION_TABLE
+from modelserve.database import schema
+from modelserve.database.tables import HEAD
 from modelserve.errors import BackendUnavailable, ConfigError, InvalidInput, SchemaOutdated
 
 _DRIVERS: Final = {
@@ -39,7 +40,6 @@ _PATIENCE: Final = {
 _OF_PSYCOPG: Final = ("prepare_threshold",)  # the driver's own option, which the database's library does not know
 _UNFIT: Final = frozenset({"autocommit", "context", "cursor_factory", "row_factory"})  # a transaction would be none
 _LOCK_WAIT_MS: Final = 30_000
-_MIGRATION_LOCK: Final = 0x6D6F_6465_6C73_7276  # any number that no other program takes: "modelsrv"
 _migrating = threading.Lock()  # alembic keeps the running migration in module globals
 
 
@@ -105,14 +105,12 @@ class Database:
     def upgrade(self) -> None:
         """Create the tables, or bring them to this release. Safe when many processes do so at once.
 
-        Raises ``SchemaOutdated`` when a later release already went further.
+        A newer schema with which this release is compatible is left as it is, and takes no right to write. Raises
+        ``SchemaOutdated`` for one with which it is not.
         """
-        with _migrating, self._transaction(write=True) as connection:
-            if connection.dialect.name == "postgresql":
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            found = _revision(connection)
-            if found != HEAD:
-                _migrate(connection, found)
+        if not schema.fits(self._schema()):
+            with _migrating, self._transaction(write=True) as connection:
+                schema.upgrade(connection)
         self._schema_fits = True
 
     def expect(self) -> None:
@@ -134,15 +132,18 @@ class Database:
             raise BackendUnavailable(self._backend, "its file is gone")
         if self._schema_fits:
             return
-        with self._transaction(write=False) as connection:
-            found = _revision(connection)
+        found = self._schema()
         if found is None and not may_create:
             raise BackendUnavailable(self._backend, "it is empty, and was not before")
         if found is None:
             self.upgrade()
-        elif found != HEAD:
-            raise SchemaOutdated(found, HEAD)
+        elif not schema.fits(found):
+            raise SchemaOutdated(found.revision, HEAD)
         self._schema_fits = True
+
+    def _schema(self) -> schema.Schema | None:
+        with self._transaction(write=False) as connection:
+            return schema.schema_of(connection)
 
     @contextlib.contextmanager
     def _transaction(self, *, write: bool) -> Iterator[sa.Connection]:
@@ -247,25 +248,6 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     # A deferred transaction that turns to writing fails at once when another wrote meanwhile; this one waits.
     write = connection.get_execution_options().get("modelserve_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-
-def _revision(connection: sa.Connection) -> str | None:
-    if not sa.inspect(connection).has_table(VERSION_TABLE):
-        return None
-    return connection.execute(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608  # a constant
-
-
-def _migrate(connection: sa.Connection, found: str | None) -> None:
-    from alembic import command  # noqa: PLC0415  # a serving process on a fitting schema needs none of it
-    from alembic.config import Config  # noqa: PLC0415
-    from alembic.util import CommandError  # noqa: PLC0415
-
-    config = Config(attributes={"connection": connection})
-    config.set_main_option("script_location", "modelserve.database:migrations")
-    try:
-        command.upgrade(config, "head")
-    except CommandError as error:  # the revision found is none of ours
-        raise SchemaOutdated(str(found), HEAD) from error
 
 
 @contextlib.contextmanager

@@ -19,20 +19,13 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
 from modelserve.database import engine as database
 from modelserve.database.engine import Database
-from modelserve.database.tables import HEAD, VERSION_TABLE
-from modelserve.errors import BackendUnavailable, ConfigError, MissingDependency, SchemaOutdated
+from modelserve.errors import BackendUnavailable, ConfigError, MissingDependency
 from modelserve.registry import Registry
 from modelserve.types import ModelVersion
 
 Insert: TypeAlias = Callable[..., ModelVersion]
 
 PASSWORD = "s3cret-w0rd"
-
-
-def set_revision(engine: sa.Engine, revision: str) -> None:
-    """Make the database look like one of another release."""
-    with engine.begin() as connection:
-        connection.execute(sa.text(f"UPDATE {VERSION_TABLE} SET version_num = '{revision}'"))  # noqa: S608  # a constant
 
 
 # -- addresses ---------------------------------------------------------------------------------------------
@@ -148,19 +141,6 @@ def test_a_process_on_a_fitting_schema_needs_no_alembic(
     """Checking the schema is one query, not an import of the migrations."""
     registry.upgrade()
     assert run_workers("modules", 1) == ["False"]
-
-
-@pytest.mark.parametrize("found", ["0000", "9999"])
-def test_tables_of_another_release_are_refused(registry: Registry, bare_engine: sa.Engine, found: str) -> None:
-    """Older and newer tables alike are named, and left as they are."""
-    registry.upgrade()
-    set_revision(bare_engine, found)
-    with Registry(str(registry._database.url.render_as_string(hide_password=False))) as late:
-        with pytest.raises(SchemaOutdated) as caught:
-            late.models()
-        with pytest.raises(SchemaOutdated):
-            late.upgrade()
-    assert (caught.value.found, caught.value.wanted) == (found, HEAD)
 
 
 def test_upgrading_twice_changes_nothing(registry: Registry, insert: Insert) -> None:

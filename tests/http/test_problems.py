@@ -64,6 +64,7 @@ SECRET_ONES: list[tuple[Exception, int, str]] = [
     (errors.ConfigError(SECRET), 500, "internal-error"),
     (errors.MissingDependency("torch", "torch"), 500, "internal-error"),
     (errors.ForkedServer(1, 2), 500, "internal-error"),
+    (errors.LeaseLost(SECRET, 3), 500, "internal-error"),
     (errors.ModelServeError(SECRET), 500, "internal-error"),
     (errors.ExecutionError(SECRET), 500, "internal-error"),
     (RuntimeError(SECRET), 500, "internal-error"),

@@ -16,6 +16,12 @@ def first_use(registry: Registry) -> None:
     print(registry.generations())
 
 
+def upgrade(registry: Registry) -> None:
+    """Upgrade a registry that may be older; say what it holds."""
+    registry.upgrade()
+    print(registry.generations())
+
+
 def modules(registry: Registry) -> None:
     """Use a registry; say whether that took alembic."""
     registry.generations()
@@ -50,7 +56,7 @@ def _connection_of(registry: Registry) -> int | None:
         return int(connection.execute(sa.text("SELECT pg_backend_pid()")).scalar_one())
 
 
-TASKS = {task.__name__: task for task in (first_use, modules, promote, fork)}
+TASKS = {task.__name__: task for task in (first_use, upgrade, modules, promote, fork)}
 
 if __name__ == "__main__":
     print("ready", flush=True)
