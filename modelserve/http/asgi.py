@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
-from modelserve.http.api import Api, clean_request_id
-from modelserve.http.messages import Request, Response
+from modelserve.http.api import Api
+from modelserve.http.endpoints import Families
+from modelserve.http.messages import HEADERS, LISTS, Request, Response, content_length, request_id_in
 from modelserve.http.problems import HttpProblem, problem_response
-from modelserve.http.routes import Routes
 from modelserve.http.starting import Starter
 from modelserve.server import AsyncModelServer
 from modelserve.signature import MAX_BODY_BYTES
@@ -18,8 +18,8 @@ Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-
-_LENGTH_DIGITS: Final = 18  # enough to be too large; int() refuses thousands of them
+_ALIVE: Final = "/health/live"  # a process that loads its models is alive
+_HEADERS: Final = {name.encode(): name for name in HEADERS}
 
 
 class _Disconnected(Exception):  # not an error: the client has left
@@ -41,7 +41,7 @@ class AsgiFace:
         prefix: str = "",
         otherwise: App | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
-        routes: Routes = None,
+        routes: Families = None,
     ) -> None:
         if not isinstance(server, AsyncModelServer):
             msg = f"ms.asgi takes an AsyncModelServer, not a {type(server).__name__}; ms.wsgi takes a ModelServer"
@@ -80,15 +80,17 @@ class AsgiFace:
         return below, root if below is None else root + self._prefix
 
     async def _answer(self, scope: Scope, path: str, root: str, receive: Receive, send: Send) -> None:
-        content_type, request_id, length = _headers(scope)
+        headers = _headers(scope)
+        request_id = request_id_in(headers)
         head = scope["method"] == "HEAD"
         method = "GET" if head else scope["method"]
         try:
-            body = await self._body(receive, length)
-            if not self._server.runs_here and path != "/health/live":  # a process that loads its models is alive
+            body = await self._body(receive, content_length(headers) or 0)
+            if not self._server.runs_here and path.removesuffix("/") != _ALIVE:
                 await self._started()
+            own_id = request_id or self._server.new_request_id()
             query = scope.get("query_string", b"")
-            response = await self._api(Request(method, path, body, content_type, request_id, root, query))
+            response = await self._api(Request(method, path, body, headers, own_id, root, query))
         except _Disconnected:
             return
         except Exception as error:  # noqa: BLE001  # a body that is refused, or a start that failed
@@ -178,22 +180,21 @@ def _below_root(path: str, root: str, app_root: str) -> str:
     return path if below is None else below
 
 
-def _headers(scope: Scope) -> tuple[str, str | None, int]:
-    content_type, request_id, length = "", None, 0
-    for name, value in scope["headers"]:
-        if name == b"content-type":
-            content_type = value.decode("latin-1")
-        elif name == b"x-request-id":
-            request_id = clean_request_id(value.decode("latin-1"))
-        elif name == b"content-length" and value.isdigit():
-            length = int(value[:_LENGTH_DIGITS])
-    return content_type, request_id, length
+def _headers(scope: Scope) -> dict[str, str]:
+    """Return the headers that a request carries. ASGI has their names in lower case."""
+    found: dict[str, str] = {}
+    for raw, value in scope["headers"]:
+        name = _HEADERS.get(raw)
+        if name is not None:
+            text = value.decode("latin-1")
+            found[name] = f"{found[name]}, {text}" if name in found and name in LISTS else text
+    return found
 
 
 async def _send(send: Send, response: Response, *, head: bool = False) -> None:
     headers = [
         (b"content-type", response.content_type.encode()),
-        (b"content-length", str(len(response.body)).encode()),
+        (b"content-length", b"%d" % len(response.body)),
     ]
     headers += [(name.encode(), value.encode("latin-1")) for name, value in response.headers]
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
@@ -206,7 +207,7 @@ def asgi(
     prefix: str = "",
     otherwise: App | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
-    routes: Routes = None,
+    routes: Families = None,
 ) -> AsgiFace:
     """Return a server's ASGI app.
 
