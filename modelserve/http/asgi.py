@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
+from modelserve.errors import NotRunning
 from modelserve.http.api import Api
 from modelserve.http.endpoints import Families
 from modelserve.http.messages import HEADERS, LISTS, Request, Response, content_length, request_id_in
 from modelserve.http.problems import HttpProblem, problem_response
 from modelserve.http.starting import Starter
 from modelserve.server import AsyncModelServer
+from modelserve.serving.loops import elsewhere
 from modelserve.signature import MAX_BODY_BYTES
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -86,16 +90,35 @@ class AsgiFace:
         method = "GET" if head else scope["method"]
         try:
             body = await self._body(receive, content_length(headers) or 0)
-            if not self._server.runs_here and path.removesuffix("/") != _ALIVE:
-                await self._started()
             own_id = request_id or self._server.new_request_id()
-            query = scope.get("query_string", b"")
-            response = await self._api(Request(method, path, body, headers, own_id, root, query))
+            request = Request(method, path, body, headers, own_id, root, scope.get("query_string", b""))
+            if self._server.runs_here or path.removesuffix("/") == _ALIVE:
+                response = await self._api(request)
+            else:
+                response = await self._hand_over(request)
         except _Disconnected:
             return
         except Exception as error:  # noqa: BLE001  # a body that is refused, or a start that failed
             response = problem_response(error, request_id)
         await _send(send, response, head=head)
+
+    async def _hand_over(self, request: Request) -> Response:
+        """Answer in the loop of the server, which is started first. If that loop ends meanwhile, ask in the next.
+
+        Raises as :class:`Starter` does.
+        """
+        while True:
+            home = await self._started()
+            if home is asyncio.get_running_loop():
+                return await self._api(request)
+            with contextlib.suppress(NotRunning):
+                return await elsewhere(home, self._answer_at_home(request))
+
+    async def _answer_at_home(self, request: Request) -> Response:
+        response = await self._api(request)
+        if response.status == 503 and not self._server.runs_here:  # noqa: PLR2004  # the loop is ending
+            raise NotRunning("closing")
+        return response
 
     async def _body(self, receive: Receive, length: int) -> bytes:
         if length > self._max_body_bytes:
