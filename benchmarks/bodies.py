@@ -87,7 +87,7 @@ def _row(mode: str, what: str, holds: list[float], bare: float | str, size: int)
 
 
 async def _asked(api: Api, case: Case, body: bytes) -> None:
-    response = await api(Request("POST", f"/predict/{case.model_name}", body, "application/json", None, ""))
+    response = await api(Request("POST", f"/predict/{case.model_name}", body, {}, "r"))
     assert response.status == case.status, (case.what, response.status, response.body[:300])
 
 

@@ -1,10 +1,26 @@
-"""Request ids: UUID version 7 (RFC 9562), which sort by time."""
+"""Ids of requests, and the keys that they are routed by: how one is made, and what a caller's own may be."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Callable
+from typing import Final
+
+_ID: Final = 128
+_KEY: Final = 256
+REQUEST_ID_RULE: Final = f"give 1 to {_ID} printable characters"
+ROUTING_KEY_RULE: Final = f"give 1 to {_KEY} printable characters"
+
+
+def is_request_id(value: object) -> bool:
+    """Whether a value can be a request's id, which is logged and repeated in answers."""
+    return isinstance(value, str) and 0 < len(value) <= _ID and value.isprintable()
+
+
+def is_routing_key(value: object) -> bool:
+    """Whether a value can be the key that a canary keeps on one version."""
+    return isinstance(value, str) and 0 < len(value) <= _KEY and value.isprintable()
 
 
 def uuid7_source() -> Callable[[], str]:

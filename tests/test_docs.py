@@ -218,7 +218,7 @@ def test_every_problem_is_documented() -> None:
     """The table of problems has each status and type that the faces can answer, and no other."""
     page = (ROOT / "docs" / "reference" / "http.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| (\d{3}) \| `([a-z-]+)` \|", page, re.MULTILINE))
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "modelserve" / "http").glob("*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "modelserve" / "http").rglob("*.py"))
 
     raised = re.findall(r"HttpProblem\(\s*(\d{3}), \"([a-z-]+)\"", sources)
     translated = [(str(status), kind) for status, kind, _ in [*problems._KINDS.values(), problems._UNEXPECTED]]

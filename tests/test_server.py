@@ -530,12 +530,21 @@ async def test_a_server_is_built_from_one_file(tmp_path: Path, registry: ms.Regi
             await server.predict_many("m", [{"x": [1.0]}] * 4)
 
 
-@pytest.mark.parametrize("request_id", ["a\0b", "a\nb", "x" * 257, uuid.uuid4()])
+@pytest.mark.parametrize("request_id", ["a\0b", "a\nb", "x" * 129, uuid.uuid4()])
 async def test_an_id_that_no_log_could_hold_is_refused(server: ms.AsyncModelServer, request_id: Any) -> None:
     """A request's id is a short string of printable characters; anything else is named."""
     with pytest.raises(ms.InvalidInput, match="request_id"):
         await server.predict("m", {"x": [1.0]}, request_id=request_id)
     assert (await server.predict("m", {"x": [1.0]}, request_id="ü-1")).request_id == "ü-1"
+
+
+@pytest.mark.parametrize("key", ["", "x" * 257, "a\0b", 7])
+async def test_a_key_that_no_header_could_hold_is_refused(server: ms.AsyncModelServer, key: Any) -> None:
+    """A routing key follows the same rule from Python as over HTTP."""
+    with pytest.raises(ms.InvalidInput, match="printable") as refusal:
+        await server.predict("m", {"x": [1.0]}, key=key)
+    assert refusal.value.field == "key"
+    assert (await server.predict("m", {"x": [1.0]}, key="José 🐢")).model_version == "1"
 
 
 async def test_a_caller_who_gives_up_is_told_to_observers(server: ms.AsyncModelServer) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
-from modelserve.http.api import Api, clean_request_id
-from modelserve.http.messages import Request, Response
+from modelserve.errors import NotRunning
+from modelserve.http.api import Api
+from modelserve.http.endpoints import Families
+from modelserve.http.messages import HEADERS, LISTS, Request, Response, content_length, request_id_in
 from modelserve.http.problems import HttpProblem, problem_response
-from modelserve.http.routes import Routes
 from modelserve.http.starting import Starter
 from modelserve.server import AsyncModelServer
+from modelserve.serving.loops import elsewhere
 from modelserve.signature import MAX_BODY_BYTES
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -18,8 +22,8 @@ Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-
-_LENGTH_DIGITS: Final = 18  # enough to be too large; int() refuses thousands of them
+_ALIVE: Final = "/health/live"  # a process that loads its models is alive
+_HEADERS: Final = {name.encode(): name for name in HEADERS}
 
 
 class _Disconnected(Exception):  # not an error: the client has left
@@ -41,7 +45,7 @@ class AsgiFace:
         prefix: str = "",
         otherwise: App | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
-        routes: Routes = None,
+        routes: Families = None,
     ) -> None:
         if not isinstance(server, AsyncModelServer):
             msg = f"ms.asgi takes an AsyncModelServer, not a {type(server).__name__}; ms.wsgi takes a ModelServer"
@@ -80,20 +84,41 @@ class AsgiFace:
         return below, root if below is None else root + self._prefix
 
     async def _answer(self, scope: Scope, path: str, root: str, receive: Receive, send: Send) -> None:
-        content_type, request_id, length = _headers(scope)
+        headers = _headers(scope)
+        request_id = request_id_in(headers)
         head = scope["method"] == "HEAD"
         method = "GET" if head else scope["method"]
         try:
-            body = await self._body(receive, length)
-            if not self._server.runs_here and path != "/health/live":  # a process that loads its models is alive
-                await self._started()
-            query = scope.get("query_string", b"")
-            response = await self._api(Request(method, path, body, content_type, request_id, root, query))
+            body = await self._body(receive, content_length(headers) or 0)
+            own_id = request_id or self._server.new_request_id()
+            request = Request(method, path, body, headers, own_id, root, scope.get("query_string", b""))
+            if self._server.runs_here or path.removesuffix("/") == _ALIVE:
+                response = await self._api(request)
+            else:
+                response = await self._hand_over(request)
         except _Disconnected:
             return
         except Exception as error:  # noqa: BLE001  # a body that is refused, or a start that failed
             response = problem_response(error, request_id)
         await _send(send, response, head=head)
+
+    async def _hand_over(self, request: Request) -> Response:
+        """Answer in the loop of the server, which is started first. If that loop ends meanwhile, ask in the next.
+
+        Raises as :class:`Starter` does.
+        """
+        while True:
+            home = await self._started()
+            if home is asyncio.get_running_loop():
+                return await self._api(request)
+            with contextlib.suppress(NotRunning):
+                return await elsewhere(home, self._answer_at_home(request))
+
+    async def _answer_at_home(self, request: Request) -> Response:
+        response = await self._api(request)
+        if response.status == 503 and not self._server.runs_here:  # noqa: PLR2004  # the loop is ending
+            raise NotRunning("closing")
+        return response
 
     async def _body(self, receive: Receive, length: int) -> bytes:
         if length > self._max_body_bytes:
@@ -178,22 +203,21 @@ def _below_root(path: str, root: str, app_root: str) -> str:
     return path if below is None else below
 
 
-def _headers(scope: Scope) -> tuple[str, str | None, int]:
-    content_type, request_id, length = "", None, 0
-    for name, value in scope["headers"]:
-        if name == b"content-type":
-            content_type = value.decode("latin-1")
-        elif name == b"x-request-id":
-            request_id = clean_request_id(value.decode("latin-1"))
-        elif name == b"content-length" and value.isdigit():
-            length = int(value[:_LENGTH_DIGITS])
-    return content_type, request_id, length
+def _headers(scope: Scope) -> dict[str, str]:
+    """Return the headers that a request carries. ASGI has their names in lower case."""
+    found: dict[str, str] = {}
+    for raw, value in scope["headers"]:
+        name = _HEADERS.get(raw)
+        if name is not None:
+            text = value.decode("latin-1")
+            found[name] = f"{found[name]}, {text}" if name in found and name in LISTS else text
+    return found
 
 
 async def _send(send: Send, response: Response, *, head: bool = False) -> None:
     headers = [
         (b"content-type", response.content_type.encode()),
-        (b"content-length", str(len(response.body)).encode()),
+        (b"content-length", b"%d" % len(response.body)),
     ]
     headers += [(name.encode(), value.encode("latin-1")) for name, value in response.headers]
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
@@ -206,7 +230,7 @@ def asgi(
     prefix: str = "",
     otherwise: App | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
-    routes: Routes = None,
+    routes: Families = None,
 ) -> AsgiFace:
     """Return a server's ASGI app.
 

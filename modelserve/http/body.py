@@ -21,7 +21,8 @@ from modelserve.turns import Steps, in_turns
 from modelserve.types import Json
 
 AT_ONCE: Final = 128 * 1024
-"""Bytes of a body that is parsed at once: two milliseconds, whatever it holds."""
+"""Bytes of a body that is parsed at once: two milliseconds at most."""
+_JSON: Final = "application/json"
 _MAX_DEPTH: Final = 64
 _MANY: Final = 256  # lists and objects: fewer are not worth the switching
 _COLLECTS_ON_ALLOCATION: Final = sys.version_info < (3, 12)  # later ones do so between two bytecodes alone
@@ -29,9 +30,12 @@ _COLLECTS_ON_ALLOCATION: Final = sys.version_info < (3, 12)  # later ones do so 
 
 def require_json(request: Request) -> None:
     """Raise the problem for a body that does not claim to be JSON."""
-    media = request.content_type.partition(";")[0].strip().lower()
-    if media and media != "application/json" and not media.endswith("+json"):
-        raise HttpProblem(415, "unsupported-media-type", "send the body as application/json", accept="application/json")
+    content_type = request.headers.get("content-type", _JSON)
+    if content_type == _JSON:
+        return
+    media = content_type.partition(";")[0].strip().lower()
+    if media and media != _JSON and not media.endswith("+json"):
+        raise HttpProblem(415, "unsupported-media-type", "send the body as application/json", accept=_JSON)
 
 
 def parsed(body: bytes) -> dict[str, Json]:

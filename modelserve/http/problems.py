@@ -1,6 +1,6 @@
 """Errors as HTTP responses: RFC 9457 ``application/problem+json``.
 
-What a client reads is chosen here. Messages about the client's own request pass through; whatever could name a path,
+What a client reads is chosen here. Messages about the client's own request pass through; one that could name a path,
 a host or a class of ours is replaced by a fixed sentence.
 """
 
@@ -21,10 +21,11 @@ _log = logging.getLogger("modelserve")
 class HttpProblem(errors.ModelServeError):
     """A fault of the HTTP request itself, before any model is involved."""
 
-    def __init__(self, status: int, kind: str, detail: str, **headers: str) -> None:
+    def __init__(self, status: int, kind: str, detail: str, *, field: str | None = None, **headers: str) -> None:
         super().__init__(detail)
         self.status = status
         self.kind = kind
+        self.field = field
         self.headers = headers
 
 
@@ -46,7 +47,7 @@ _UNEXPECTED: Final = (500, "internal-error", "an unexpected error; the server's 
 def problem_response(error: Exception, request_id: str | None = None) -> Response:
     """Return the response for an error. One that was not foreseen is logged, and its text kept from the client."""
     if isinstance(error, HttpProblem):
-        return _response(error.status, error.kind, str(error), request_id, headers=error.headers)
+        return _response(error.status, error.kind, str(error), request_id, field=error.field, headers=error.headers)
     status, kind, fixed = next((_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS), _UNEXPECTED)
     if status == 500:  # noqa: PLR2004
         _log.error("request %s failed: %s", request_id or "?", error, exc_info=error)

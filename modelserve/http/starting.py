@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from concurrent.futures import Future
@@ -44,21 +45,28 @@ class Starter:
         """Return the one of a server: its mounts have to know of one another's starts."""
         return _starters.setdefault(server, cls(server))
 
-    async def __call__(self) -> None:
-        """Return once the server is started. Raises ``NotRunning`` for one that was closed, and what a start raises."""
-        if self._ended is not None:
-            await asyncio.shield(asyncio.wrap_future(self._has_left))
-        home = self._choose()
-        if home is asyncio.get_running_loop():
-            await self._start()
-        else:
-            await elsewhere(home, self._start())
+    async def __call__(self) -> asyncio.AbstractEventLoop:
+        """Return the loop of the server, once it is started there. A loop that ends meanwhile is left for the next.
+
+        Raises ``NotRunning`` for a server that was closed, and what a start raises.
+        """
+        while True:
+            if self._ended is not None:
+                await asyncio.shield(asyncio.wrap_future(self._has_left))
+            home = self._choose()
+            if home is asyncio.get_running_loop():
+                await self._start()
+                return home
+            with contextlib.suppress(NotRunning):
+                await elsewhere(home, self._start())
+                return home
 
     async def _start(self) -> None:
         if asyncio.get_running_loop() is self._ended:
             raise NotRunning("closing")
         # Nothing of the first request (its trace, its user) is to follow the server for life.
         await asyncio.create_task(self._server.start(), context=Context())
+        self._home = asyncio.get_running_loop()  # now: until it is started there, it still moves
 
     def _choose(self) -> asyncio.AbstractEventLoop:
         """Return the loop that the server is started in, or is to be."""
@@ -70,12 +78,12 @@ class Starter:
             home = home or self._home
             if home is None:
                 _log.warning(_BY_REQUEST)
-                home = asyncio.get_running_loop()
+                home = self._home = asyncio.get_running_loop()
                 self._watching = asyncio.create_task(self._leave_with_loop(), context=Context())
             elif moves or not home.is_running():
-                _log.warning(_ALONE)
+                if not self._private.is_open:
+                    _log.warning(_ALONE)
                 home = self._private.open()
-            self._home = home
             return home
 
     async def _leave_with_loop(self) -> None:

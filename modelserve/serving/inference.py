@@ -15,13 +15,13 @@ from modelserve.errors import DeadlineExceeded, InferenceFailed, InvalidInput
 from modelserve.events import Observers, Served
 from modelserve.features.plan import Pending
 from modelserve.features.reader import FeatureReader
+from modelserve.ids import REQUEST_ID_RULE, ROUTING_KEY_RULE, is_request_id, is_routing_key
 from modelserve.serving.version import LoadedVersion
 from modelserve.signature import AT_ONCE, Pieces
 from modelserve.turns import Steps, in_turns
 from modelserve.types import Json, Prediction, Row
 
 T = TypeVar("T")
-_LONGEST_ID: Final = 256
 _NONE: Final[Sequence[tuple[str, ...]]] = ()
 
 
@@ -33,7 +33,7 @@ class PredictRequest:
     pins the version. ``key`` is the unit that a canary keeps on one version, such as a user's id. Without a
     ``request_id`` it is given one; without ``timeout_ms`` it has the model's.
 
-    Raises ``InvalidInput`` for a ``request_id`` or a ``key`` that is not a string of at most 256 printable characters.
+    Raises ``InvalidInput`` for a ``request_id`` or a ``key`` that :mod:`modelserve.ids` does not allow.
     """
 
     model_name: str
@@ -45,10 +45,10 @@ class PredictRequest:
     timeout_ms: float | None = None
 
     def __post_init__(self) -> None:
-        if self.request_id:
-            _require_printable("request_id", self.request_id)
-        if self.key is not None:
-            _require_printable("key", self.key)
+        if self.request_id and not is_request_id(self.request_id):
+            raise InvalidInput("request_id", REQUEST_ID_RULE)
+        if self.key is not None and not is_routing_key(self.key):
+            raise InvalidInput("key", ROUTING_KEY_RULE)
 
 
 class Inference:
@@ -207,11 +207,6 @@ class Inference:
             bool(self.cached) and self.cached[row],
             self.degraded[row] if self.degraded else (),
         )
-
-
-def _require_printable(field: str, value: str) -> None:
-    if not isinstance(value, str) or len(value) > _LONGEST_ID or not value.isprintable():
-        raise InvalidInput(field, f"give a string of at most {_LONGEST_ID} printable characters")
 
 
 def _values(results: Sequence[Json | Exception]) -> Sequence[Json]:

@@ -19,6 +19,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 import modelserve as ms
 from modelserve.errors import BackendUnavailable, ConfigError
+from modelserve.serving.inference import Inference, PredictRequest
 from tests.http import functions
 from tests.http.driver import JSON, Answer, Caller, Subject, asgi_caller, call_asgi, call_wsgi, predict, predict_many
 
@@ -127,6 +128,7 @@ def test_labels_are_answered_as_strings(odd_server: ms.ModelServer, face: str) -
         ("a\tb", False),
         ("a\x00b", False),
         ("caf\xe9", False),
+        ("\u202e".encode().decode("latin-1"), False),
         ("\x7f", False),
         ("\x1b[31m", False),
     ],
@@ -140,6 +142,51 @@ def test_a_request_id_is_repeated_if_it_is_fit_to_be_logged(call: Caller, sent: 
     assert fit or UUID7.fullmatch(document["request_id"])
     assert (problem["request_id"] == sent) == fit
     assert fit or UUID7.fullmatch(problem["request_id"])
+
+
+def test_a_request_id_is_the_one_of_python(call: Caller) -> None:
+    """The header is UTF-8, as the body is."""
+    headers = [JSON, ("x-request-id", "é-1".encode().decode("latin-1"))]
+    assert call("POST", "/predict/tiles", KEYED, headers).json()["request_id"] == "é-1"
+
+
+# -- the routing key ---------------------------------------------------------------------------------------
+
+KEYED = b'{"inputs": {"x": [[1, 2, 3], [4, 5, 6]]}}'
+
+
+@pytest.fixture
+def keys(server: ms.ModelServer, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The keys with which the server was asked."""
+    seen: list[str | None] = []
+    answer = server.core.answer
+
+    async def note(request: PredictRequest) -> Inference:
+        seen.append(request.key)
+        return await answer(request)
+
+    monkeypatch.setattr(server.core, "answer", note)
+    return seen
+
+
+@pytest.mark.parametrize("key", ["u-17", "x" * 256, "é" * 256, "Jos\xe9 \u2603 \U0001f422"])
+def test_a_routing_key_is_the_one_of_python(call: Caller, keys: list[str | None], key: str) -> None:
+    """The header is UTF-8: a key is the same text, and so the same version, from either side."""
+    sent = key.encode().decode("latin-1")
+    assert call("POST", "/predict/tiles", KEYED, [JSON, ("x-routing-key", sent)]).status == 200
+    assert call("POST", "/predict/tiles", KEYED).status == 200
+    assert keys == [key, None]
+
+
+@pytest.mark.parametrize("key", ["", "x" * 257, "é" * 257, "a\tb", "a\0b", b"Jos\xe9"])
+def test_a_routing_key_that_cannot_be_used_is_refused(call: Caller, keys: list[str | None], key: str | bytes) -> None:
+    """The problem names the header: any replacement could be answered by another version."""
+    sent = (key.encode() if isinstance(key, str) else key).decode("latin-1")
+    answer = call("POST", "/predict/tiles", KEYED, [JSON, ("x-routing-key", sent), ("x-request-id", "mine")])
+    problem = answer.problem()
+    assert (answer.status, problem["type"]) == (400, "urn:modelserve:problem:invalid-header")
+    assert (problem["field"], problem["request_id"], keys) == ("X-Routing-Key", "mine", [])
+    assert problem["detail"].startswith("X-Routing-Key: give 1 to 256 printable characters")
 
 
 # -- bodies that cost more than they weigh -----------------------------------------------------------------
@@ -415,7 +462,7 @@ def test_a_mount_answers_the_routes_that_it_was_given(server: ms.ModelServer, fa
 def test_unknown_routes_are_a_wrong_configuration(server: ms.ModelServer, routes: Any) -> None:
     """A family that there is not, or none at all, is refused where the mount is made."""
     for make in (lambda: ms.asgi(server.core, routes=routes), lambda: ms.wsgi(server, routes=routes)):
-        with pytest.raises(ConfigError, match=r"routes: expected some of predict, models, health, openapi, metrics"):
+        with pytest.raises(ConfigError, match=r"routes: expected some of predict, models, health, metrics, openapi"):
             make()
 
 

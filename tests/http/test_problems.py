@@ -255,7 +255,7 @@ def test_a_server_that_does_not_run(registry: ms.Registry, tmp_path: Path) -> No
     core = ms.AsyncModelServer(registry, {"tiles": ms.ModelOptions()}, cache_dir=tmp_path / "cache")
 
     def ask(method: str, path: str) -> Answer:
-        response = asyncio.run(Api(core)(Request(method, path, b'{"inputs": {"x": []}}', "application/json", None, "")))
+        response = asyncio.run(Api(core)(Request(method, path, b'{"inputs": {"x": []}}', {}, "r")))
         return Answer(
             response.status,
             {"content-length": str(len(response.body)), "content-type": response.content_type},

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from modelserve.errors import InferenceFailed, InvalidInput
-from modelserve.http.openapi import inputs_schema
+from modelserve.http.schemas import inputs_schema
 from modelserve.signature import DTYPES, Field, Signature, columns_of, unstack
 from modelserve.types import SOLE_OUTPUT, Array
 from tests.names import stable
