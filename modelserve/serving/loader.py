@@ -24,6 +24,7 @@ from modelserve.execution.pool import Pool
 from modelserve.features.plan import plan_of
 from modelserve.ports import TrustedKey
 from modelserve.serving.feasibility import misfits
+from modelserve.serving.hand_over import HandOver
 from modelserve.serving.host_memory import Memory, needed
 from modelserve.serving.provision import Provision
 from modelserve.serving.replicas import pool_for
@@ -88,15 +89,16 @@ class Loader:
                 held = leases.enter_context(await self._fetch(meta.example))
                 example = await self._run(_read_json, held.path, meta.example)
             pool = pool_for(meta, options, signature, provision, niceness=niceness, tell=self._observers.emit)
+            hand_over = HandOver(pool, before.hand_over if before is not None else None)
             try:
                 warm_up = WarmUp(signature, example, largest_batch=options.batch_rows, padded=options.pad_batches)
-                await _start(pool, warm_up, before)
+                await hand_over.start(warm_up)
                 warnings = await self._misfits(meta, options, signature.strings, pool)
             except BaseException:
-                await asyncio.shield(_discard(pool, leases.pop_all()))
+                await asyncio.shield(_discard(hand_over, leases.pop_all()))
                 raise
             kept = leases.pop_all()
-            return LoadedVersion(meta, options, signature, pool, kept, before=before, plan=plan, warnings=warnings)
+            return LoadedVersion(meta, options, signature, hand_over, kept, plan=plan, warnings=warnings)
 
     async def _misfits(self, meta: ModelVersion, options: ModelOptions, strings: int, pool: Pool) -> tuple[str, ...]:
         """Say in the log what of the options cannot work with this model on this machine."""
@@ -164,20 +166,6 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f} MB"
 
 
-async def _start(pool: Pool, warm_up: WarmUp, before: LoadedVersion | None) -> None:
-    """Start the pool in full, or with one replica in the room of the version before."""
-    if before is None:
-        await pool.start(warm_up)
-        return
-    await before.lend_replica()
-    try:
-        await pool.start(warm_up, replicas=1)
-    except BaseException:
-        await asyncio.shield(pool.stop())
-        before.reclaim_replica()
-        raise
-
-
-async def _discard(pool: Pool, leases: contextlib.ExitStack) -> None:
-    await pool.stop()
+async def _discard(hand_over: HandOver, leases: contextlib.ExitStack) -> None:
+    await hand_over.stop()
     leases.close()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import orjson
@@ -20,6 +21,7 @@ from modelserve.artifacts import DiskCache
 from modelserve.config import ModelOptions
 from modelserve.errors import ArtifactUnsafe, LoadFailed
 from modelserve.execution import cores, thread
+from modelserve.serving import loader as loader_module
 from modelserve.serving import warmup
 from modelserve.serving.host_memory import Memory
 from modelserve.serving.loader import Loader
@@ -259,8 +261,7 @@ async def answers(loaded: LoadedVersion) -> int:
 
 async def full(loaded: LoadedVersion) -> int:
     """Return how many replicas answer when all that are to start have started."""
-    if loaded._growing is not None:
-        await loaded._growing
+    await loaded.hand_over.grown()
     await asyncio.gather(*loaded.pool._opening.values())
     return sum(replica.state == "ready" for replica in loaded.pool.status().replicas)
 
@@ -350,6 +351,27 @@ async def test_a_version_that_does_not_take_over_gives_its_room_back(
     assert await no_replica_is_left()
 
 
+@pytest.mark.promise("P4")
+async def test_a_load_that_ends_after_its_pool_has_started_gives_the_room_back(
+    loader: Loader, registry: ms.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last look at the options may fail too: the version that serves has its full number of replicas again."""
+    options = ModelOptions(replicas=2, reload="replace")
+    old = await loader.load(registry.get("m", "1"), options)
+    second = registry.register("m", "2", telltale(2), example=X)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader_module, "misfits", Mock(side_effect=OSError("no figures")))
+        with pytest.raises(OSError, match="no figures"):
+            await loader.load(second, options, beside=old)
+    assert await full(old) == 2
+    async with asyncio.timeout(30):
+        new = await loader.load(second, options, beside=old)
+    await old.unload()
+    assert await full(new) == 2
+    await new.unload()
+    assert await no_replica_is_left()
+
+
 async def test_only_one_version_at_a_time_has_the_room(
     loader: Loader, registry: ms.Registry, at_load: Callable[..., None]
 ) -> None:
@@ -369,7 +391,7 @@ async def test_only_one_version_at_a_time_has_the_room(
     with first:
         leaving = asyncio.create_task(first.unload())
         third = asyncio.create_task(loader.load(registry.get("m", "3"), options, beside=second))
-        while not second._room.locked():  # noqa: ASYNC110  # a fetch in a thread comes before it, which tells nobody
+        while not second.hand_over._lent.locked():  # noqa: ASYNC110  # a fetch in a thread comes before it, which tells nobody
             await asyncio.sleep(0)
         begun = len(seen)
         await asyncio.wait([leaving], timeout=0)

@@ -126,8 +126,7 @@ async def held(server: ms.AsyncModelServer) -> dict[str, int]:
     if keeper._retiring:
         await asyncio.wait(keeper._retiring)
     for loaded in keeper._loaded.values():
-        if loaded._growing is not None:
-            await loaded._growing
+        await loaded.hand_over.grown()
         await asyncio.gather(*loaded.pool._opening.values())
     cache: Any = keeper._loader._cache
     ended = [each for each in threading.enumerate() if each.name.startswith("modelserve-m-")]
