@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from modelserve.signature import Signature
-from modelserve.types import Json, ModelVersion, Row
+from modelserve.types import Arm, Json, ModelVersion, Row
 
 _log = logging.getLogger("modelserve")
 
@@ -25,7 +25,13 @@ class Served(NamedTuple):
     that was answered without reading its features; ``values`` are the
     answers, none when it failed. Both are the request's own: to be read, not changed. ``cached`` says of each row
     whether it was answered without running the model, ``degraded`` which of its features have their default (either
-    empty: none of any). ``meta`` and ``signature`` are those of the version. ``shadow`` says that nobody waited for it.
+    empty: none of any). ``meta`` and ``signature`` are those of the version.
+
+    ``arm`` says why this version: it is the model's ``"production"`` or ``"canary"`` version, the request named it
+    (``"pinned"``, whichever it is), or it ran as a ``"shadow"``, for which no caller waits. ``executed`` says whether
+    the model gave results for this request, failures among them. It is false where every row came from the cache, and
+    where there are no results: the request was refused, was late, or was given up. Rows that joined an execution of the
+    same row by another request count as executed.
     """
 
     model_name: str
@@ -40,7 +46,13 @@ class Served(NamedTuple):
     degraded: Sequence[tuple[str, ...]] = ()
     meta: ModelVersion | None = None
     signature: Signature | None = None
-    shadow: bool = False
+    arm: Arm = "production"
+    executed: bool = True
+
+    @property
+    def shadow(self) -> bool:
+        """Whether no caller waited for it."""
+        return self.arm == "shadow"
 
 
 class FeaturesRead(NamedTuple):

@@ -15,10 +15,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Protocol, TypeAlias
 
 from modelserve.config import ModelOptions
-from modelserve.errors import BackendUnavailable, LoadFailed, VersionNotFound
+from modelserve.errors import BackendUnavailable, LoadFailed
 from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
 from modelserve.ports import ChangeListener
 from modelserve.resilience.executor import DaemonExecutor, call_with_timeout
+from modelserve.serving.deployment import Deployment
 from modelserve.serving.loader import Loader
 from modelserve.serving.snapshots import Snapshot, Snapshots
 from modelserve.serving.version import LoadedVersion
@@ -47,24 +48,6 @@ class Deployments(Protocol):
     def deployments(self, names: Collection[str] | None = None) -> Mapping[str, DeploymentState]:
         """Return what is wanted of each model, or of each of ``names`` that there is, as of one moment."""
         ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Deployment:
-    """An immutable snapshot of what serves one model. A request keeps the snapshot that it took."""
-
-    model_name: str
-    generation: int
-    production: LoadedVersion
-    previous: LoadedVersion | None
-
-    def choose(self, version: str | None) -> LoadedVersion:
-        """Return the version that answers: production, or the one asked for if it is loaded."""
-        if version is None or version == self.production.meta.version:
-            return self.production
-        if self.previous is not None and version == self.previous.meta.version:
-            return self.previous
-        raise VersionNotFound(self.model_name, version)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,7 +344,12 @@ class ModelReconciler:
         previous = (
             self._loaded.get(_identity(state.previous)) if state.previous and self._options.keeps_previous else None
         )
-        before, self.deployment = self.deployment, Deployment(self._model_name, state.generation, production, previous)
+        before, self.deployment = (
+            self.deployment,
+            Deployment(
+                model_name=self._model_name, generation=state.generation, production=production, previous=previous
+            ),
+        )
         self.problem = None
         self._keep_snapshot(state)
         self.tried.set()

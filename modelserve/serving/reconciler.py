@@ -21,8 +21,9 @@ from modelserve.errors import BackendUnavailable, ModelNotFound, ModelServeError
 from modelserve.events import Observers
 from modelserve.ports import ChangeHints
 from modelserve.resilience.executor import DaemonExecutor, call_with_timeout
+from modelserve.serving.deployment import Deployment
 from modelserve.serving.loader import Loader
-from modelserve.serving.model_reconciler import Deployment, Deployments, ModelReconciler, ModelStatus
+from modelserve.serving.model_reconciler import Deployments, ModelReconciler, ModelStatus
 from modelserve.serving.snapshots import Snapshot, Snapshots
 from modelserve.types import DeploymentState, Pointer
 

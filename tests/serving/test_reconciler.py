@@ -22,6 +22,7 @@ from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnl
 from modelserve.ports import ChangeListener
 from modelserve.registry.hints import Hints
 from modelserve.resilience.executor import DaemonExecutor
+from modelserve.serving.inference import PredictRequest
 from modelserve.serving.model_reconciler import ModelStatus
 from modelserve.serving.reconciler import Reconciler
 from modelserve.serving.snapshots import Snapshots
@@ -540,9 +541,9 @@ def test_what_is_neither_production_nor_previous_is_freed() -> None:
             await world.hint()
             await asyncio.sleep(0.5)
         assert world.loader.alive == [2, 3]
-        assert world.live["m"].choose("2").meta.version == "2"
+        assert world.live["m"].choose(PredictRequest("m", (), version="2"))[0].meta.version == "2"
         with pytest.raises(VersionNotFound):
-            world.live["m"].choose("1")
+            world.live["m"].choose(PredictRequest("m", (), version="1"))
 
     run(scenario)
 
