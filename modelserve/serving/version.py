@@ -64,7 +64,7 @@ class LoadedVersion:
         self.cache_ttl_s = options.cache_ttl_s if signature.strings <= MOST_CACHED_STRINGS else 0.0
         self._digest = input_digest(meta, signature.canonical)
         self.request_key = None if plan is None or options.cache_key == "merged" else _request_key(meta, plan)
-        """Returns the key of what is answered to a request whatever its features are; None where these count."""
+        """Returns the key of what is answered to a request without regard to its features; None where these count."""
         self.caches_by_request = self.cache_ttl_s > 0 and self.request_key is not None
         self.validate: Callable[[Any], Any] = signature.validate if plan is None else plan.validate
         """Returns one instance as a row, or as what its features are still missing from. Raises ``InvalidInput``."""

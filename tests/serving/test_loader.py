@@ -19,7 +19,7 @@ import pytest
 import modelserve as ms
 from modelserve.artifacts import DiskCache
 from modelserve.config import ModelOptions
-from modelserve.errors import ArtifactUnsafe, LoadFailed
+from modelserve.errors import ArtifactUnsafe, LoadFailed, TooLittleMemory
 from modelserve.execution import cores, thread
 from modelserve.serving import loader as loader_module
 from modelserve.serving import warmup
@@ -218,7 +218,7 @@ async def test_a_cancelled_load_leaves_nothing_behind(loader: Loader, registry: 
         (outcome,) = await asyncio.gather(task, return_exceptions=True)
         if not isinstance(outcome, BaseException):
             await outcome.unload()
-    await asyncio.get_running_loop().run_in_executor(loader._executor, lambda: None)
+    await asyncio.get_running_loop().run_in_executor(loader._threads.loads, lambda: None)
     await asyncio.sleep(0)
     loaded = await loader.load(version, ModelOptions())  # a fetch that was under way has come back by now
     await loaded.unload()
@@ -408,7 +408,24 @@ async def test_only_one_version_at_a_time_has_the_room(
 
 
 def beside_little(loader: Loader, available: int | None, taken: int | None = None) -> Loader:
-    return Loader(loader._store, loader._cache, loader._executor, memory=LittleMemory(available, taken))
+    return Loader(loader._store, loader._cache, loader._threads.loads, memory=LittleMemory(available, taken))
+
+
+@pytest.mark.promise("P4")
+async def test_a_canary_leaves_memory_for_what_is_still_to_be_loaded(loader: Loader, registry: ms.Registry) -> None:
+    """It is refused where production would not fit beside it any more, also where replicas are replaced."""
+    second, third = (registry.register("m", number, telltale(int(number)), example=X) for number in ("2", "3"))
+    options = ModelOptions(reload="replace")
+    first = await loader.load(registry.get("m", "1"), options)
+    need = 3 * (second.artifact.size + third.artifact.size)
+    with pytest.raises(TooLittleMemory, match=r"of which .* MB are for versions that are still to be loaded"):
+        await beside_little(loader, need - 1).load(second, options, role="canary", beside=first, rivals=[third])
+    canary = await beside_little(loader, need).load(second, options, role="canary", beside=first, rivals=[third])
+    assert (first.pool.size, canary.pool.size) == (1, 1)
+    with pytest.raises(TooLittleMemory):  # before production is there to be compared with
+        await beside_little(loader, need - 1).load(second, options, role="canary", rivals=[third])
+    for each in (canary, first):
+        await each.unload()
 
 
 @pytest.mark.promise("P4")
@@ -439,7 +456,7 @@ async def test_options_that_cannot_work_are_said_after_the_warm_up(
     fits = await loader.load(version, ModelOptions())
     assert (fits.warnings, caplog.messages) == ((), [])
     options = ModelOptions(slo_ms=1e-6, queue_limit=8, max_batch_size=16, replicas=2)
-    little = Loader(loader._store, loader._cache, loader._executor, memory=LittleMemory(None, None, total=10))
+    little = Loader(loader._store, loader._cache, loader._threads.loads, memory=LittleMemory(None, None, total=10))
     loaded = await little.load(version, options)
     assert [each.partition("=")[0] for each in loaded.warnings] == ["slo_ms", "max_batch_size", "replicas"]
     assert caplog.messages == [f"misconfigured: m 1: {each}" for each in loaded.warnings]
