@@ -25,6 +25,7 @@
     │   ├── ArtifactCorrupt
     │   ├── ArtifactUnsafe
     │   └── LoadFailed
+    │       └── TooLittleMemory
     ├── ConfigError
     │   └── SchemaOutdated
     ├── MissingDependency        also an ImportError
@@ -222,6 +223,10 @@ class ArtifactUnsafe(LoadError):
 
 class LoadFailed(LoadError):
     """The artifact did not load, did not warm up, or did not reproduce its golden example."""
+
+
+class TooLittleMemory(LoadFailed):
+    """Loading this version could have the process, or its neighbours, killed for memory."""
 
 
 class ConfigError(ModelServeError):

@@ -1,7 +1,7 @@
 """What happened, as frozen records handed to observers.
 
 An observer may only take the record and return at once (put it on a bounded queue of its own): it runs on the
-event loop, in the middle of somebody's request. One that raises disturbs nobody: every failure is counted,
+event loop, in the middle of a request. One that raises disturbs no request: every failure is counted,
 the first is logged.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from modelserve.signature import Signature
-from modelserve.types import Json, ModelVersion, Row
+from modelserve.types import Arm, Json, ModelVersion, Role, Row
 
 _log = logging.getLogger("modelserve")
 
@@ -25,7 +25,13 @@ class Served(NamedTuple):
     that was answered without reading its features; ``values`` are the
     answers, none when it failed. Both are the request's own: to be read, not changed. ``cached`` says of each row
     whether it was answered without running the model, ``degraded`` which of its features have their default (either
-    empty: none of any). ``meta`` and ``signature`` are those of the version. ``shadow`` says that nobody waited for it.
+    empty: none of any). ``meta`` and ``signature`` are those of the version.
+
+    ``arm`` says why this version: it is the model's ``"production"`` or ``"canary"`` version, the request named it
+    (``"pinned"``, whichever it is), or it ran as a ``"shadow"``, for which no caller waits. ``executed`` says whether
+    the model gave results for this request, failures among them. It is false where every row came from the cache, and
+    where there are no results: the request was refused, was late, or was given up. Rows that joined an execution of the
+    same row by another request count as executed.
     """
 
     model_name: str
@@ -40,7 +46,13 @@ class Served(NamedTuple):
     degraded: Sequence[tuple[str, ...]] = ()
     meta: ModelVersion | None = None
     signature: Signature | None = None
-    shadow: bool = False
+    arm: Arm = "production"
+    executed: bool = True
+
+    @property
+    def shadow(self) -> bool:
+        """Whether no caller waited for it."""
+        return self.arm == "shadow"
 
 
 class FeaturesRead(NamedTuple):
@@ -57,11 +69,12 @@ class FeaturesRead(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VersionLoaded:
-    """A version took over the production traffic of its model."""
+    """A version took up a role: in production it took over the traffic of its model."""
 
     model_name: str
     version: str
     generation: int
+    role: Role = "production"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,6 +86,7 @@ class LoadRejected:
     generation: int
     error: Exception
     retry_s: float
+    role: Role = "production"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,27 +155,27 @@ class Observers:
 
     def __init__(self) -> None:
         self._observers: dict[object, Observer] = {}
-        self._told: tuple[Observer, ...] = ()
+        self._called: tuple[Observer, ...] = ()
         self.failures = 0
 
     def __bool__(self) -> bool:
-        return bool(self._told)
+        return bool(self._called)
 
     def subscribe(self, observer: Observer) -> Callable[[], None]:
         """Add an observer; return what removes it again."""
         token = object()
         self._observers[token] = observer
-        self._told = tuple(self._observers.values())
+        self._called = tuple(self._observers.values())
 
         def unsubscribe() -> None:
             self._observers.pop(token, None)
-            self._told = tuple(self._observers.values())
+            self._called = tuple(self._observers.values())
 
         return unsubscribe
 
     def emit(self, event: Event) -> None:
-        """Tell every observer; count the ones that raise."""
-        for observer in self._told:  # a tuple of its own: an observer may end its subscription meanwhile
+        """Call every observer; count the ones that raise."""
+        for observer in self._called:  # a tuple of its own: an observer may end its subscription meanwhile
             try:
                 observer(event)
             except Exception:  # noqa: BLE001  # an observer is the host's code; the request is not its business

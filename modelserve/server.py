@@ -111,8 +111,8 @@ class AsyncModelServer:
         running = self._require_running()
         if self._loop is not asyncio.get_running_loop():
             return await self._at_home(self.answer(request))
-        version = running.reconciler[request.model_name].choose(request.version)
-        with Inference(request, version, self._observers, self.new_request_id) as inference:
+        version, arm = running.reconciler[request.model_name].choose(request)
+        with Inference(request, version, arm, self._observers, self.new_request_id) as inference:
             await inference.validate()
             if version.caches_by_request:
                 await inference.look_up(running.predictions)  # before its features are read

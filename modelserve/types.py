@@ -20,6 +20,10 @@ Json: TypeAlias = Any
 FrameworkName: TypeAlias = str
 """``"pytorch"``, ``"tensorflow"``, ``"sklearn"``, ``"onnx"``, or what a third party's adapter is called."""
 Status = Literal["staging", "production", "archived"]
+Role: TypeAlias = Literal["production", "canary", "shadow"]
+"""What a version is loaded for: to answer, to answer a part of the requests, or to run without being waited for."""
+Arm: TypeAlias = Literal["production", "canary", "pinned", "shadow"]
+"""Why a version ran for a request: by its role, or because the request named it."""
 
 SOLE_OUTPUT = "output"
 """The name a model's single, unnamed output goes by. Its rows are answered bare, not as a mapping."""

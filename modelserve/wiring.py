@@ -25,10 +25,10 @@ from modelserve.ports import ChangeHints, TrustedKey
 from modelserve.registry import Registry
 from modelserve.resilience.executor import DaemonExecutor
 from modelserve.resilience.shared_reads import SharedReads
-from modelserve.serving.loader import Loader
+from modelserve.serving.loader import Loader, LoadThreads
 from modelserve.serving.reconciler import Reconciler
 from modelserve.serving.snapshots import Snapshots
-from modelserve.types import VersionPage
+from modelserve.types import Role, VersionPage
 
 _log = logging.getLogger("modelserve")
 _LOADS_AT_ONCE: Final = 4
@@ -45,6 +45,8 @@ class _Executors(NamedTuple):
     loads: ThreadPoolExecutor
     starts: ThreadPoolExecutor
     disk: DaemonExecutor
+    canary: LoadThreads
+    shadow: LoadThreads
 
     @classmethod
     def opened(cls) -> Self:
@@ -54,11 +56,22 @@ class _Executors(NamedTuple):
             ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-load"),
             ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="modelserve-start"),
             DaemonExecutor(1, "modelserve-disk"),
+            _load_threads("canary"),
+            _load_threads("shadow"),
         )
 
     def shutdown(self) -> None:
-        for executor in self:
+        own = (self.sql, self.follow, self.loads, self.starts, self.disk)
+        for executor in (*own, *self.canary, *self.shadow):
             executor.shutdown(wait=False)
+
+
+def _load_threads(role: Role) -> LoadThreads:
+    """Return threads for the loads of one role; they start when there is such a load."""
+    return LoadThreads(
+        ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix=f"modelserve-load-{role}"),
+        ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix=f"modelserve-start-{role}"),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -189,6 +202,7 @@ class Wiring:
             executors.loads,
             self._observers,
             starts=executors.starts,
+            lesser={"canary": executors.canary, "shadow": executors.shadow},
             trusted_keys=self._trusted_keys,
         )
         return Reconciler(

@@ -113,6 +113,19 @@ async def test_of_several_rows_only_the_unknown_run(registry: ms.Registry, tmp_p
     ]
 
 
+async def test_a_request_that_the_cache_answers_whole_executes_nothing(registry: ms.Registry, tmp_path: Path) -> None:
+    """Observers learn which requests the model worked for: one unknown row among several is enough."""
+    served: list[Any] = []
+    async with serve(registry, tmp_path) as server:
+        server.observe(served.append)
+        for xs in ([1.0], [1.0], [1.0, 2.0], [2.0, 1.0]):
+            await server.predict_many("m", [{"x": [x]} for x in xs])
+        await asyncio.gather(*(server.predict("m", {"x": [3.0]}) for _ in range(2)))
+    events = [event for event in served if isinstance(event, Served)]
+    assert [event.executed for event in events] == [True, False, True, False, True, True]
+    assert {event.arm for event in events} == {"production"}
+
+
 async def test_over_http_a_request_is_cached_if_all_of_it_was(registry: ms.Registry, tmp_path: Path) -> None:
     """The document says ``cached`` for one known row, and for several if each was known."""
     async with serve(registry, tmp_path) as server:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from sklearn.preprocessing import FunctionTransformer
 import modelserve as ms
 from modelserve import wiring
 from modelserve.adapters.features.memory import MemoryFeatures
+from modelserve.adapters.frameworks.sklearn.model import SklearnModel
 from modelserve.errors import ArtifactCorrupt, ArtifactUnsafe
 from modelserve.events import LoadRejected, Served, VersionLoaded
 from modelserve.serving.inference import Inference
@@ -288,6 +290,30 @@ async def test_every_call_is_told_to_observers(server: ms.AsyncModelServer) -> N
     good, bad = [event for event in seen if isinstance(event, Served)]
     assert (good.request_id, good.version, good.rows, good.error) == ("good", "1", 1, None)
     assert isinstance(bad.error, ms.InvalidInput)
+
+
+async def test_observers_learn_why_a_version_ran_and_whether_it_did(
+    server: ms.AsyncModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that names a version is pinned, also to the one in production; one without results ran nothing."""
+    seen: list[Any] = []
+    server.observe(seen.append)
+    await server.predict("m", {"x": [1.0]}, key="user-7")
+    await server.predict_many("m", [{"x": [1.0]}] * 3, version="1")
+    with pytest.raises(ms.InvalidInput):
+        await server.predict("m", {})
+    with pytest.raises(ms.DeadlineExceeded):
+        await server.predict("m", {"x": [1.0]}, timeout_ms=0)
+    monkeypatch.setattr(SklearnModel, "infer", Mock(side_effect=ValueError("no such row")))
+    with pytest.raises(ms.InferenceFailed):
+        await server.predict("m", {"x": [1.0]}, version="1")
+    assert [(event.arm, event.executed) for event in seen if isinstance(event, Served)] == [
+        ("production", True),
+        ("pinned", True),
+        ("production", False),
+        ("production", False),
+        ("pinned", True),  # the model ran, and failed
+    ]
 
 
 @pytest.mark.promise("P1")

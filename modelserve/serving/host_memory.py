@@ -1,4 +1,4 @@
-"""How much memory there is, as the operating system tells it, and how much a further copy of a model would take."""
+"""How much memory there is, as the operating system reports it, and how much a further copy of a model would take."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Memory:
         self._cgroup = cgroup
 
     def available(self) -> int | None:
-        """Return how many bytes can be had before somebody is killed for them; None where that is not told.
+        """Return how many bytes can be had before a process is killed for them; None where that is not known.
 
         That is the least of what the limits of this process's control groups (version 2) leave and what the machine
         has. What only caches files counts as available.
@@ -35,7 +35,7 @@ class Memory:
         return min(known) if known else None
 
     def taken_by(self, pid: int) -> int | None:
-        """Return the bytes that a process has for itself, without the files it maps; None where that is not told."""
+        """Return the bytes that a process has for itself, without the files it maps; None where that is not known."""
         status = self._proc / str(pid) / "status"
         parts = [*_amounts(status, "RssAnon:"), *_amounts(status, "RssShmem:")]
         return sum(parts) if parts else None
@@ -84,6 +84,6 @@ def _amounts(path: Path, name: str) -> Iterator[int]:
 
 
 def _of_files(stat: str) -> int:
-    """Return the bytes that a group has in caches of files, which are given up before anybody is killed."""
+    """Return the bytes that a group has in caches of files, which are given up before a process is killed."""
     amounts = dict(line.split(" ", 1) for line in stat.splitlines() if " " in line)
     return sum(int(amounts.get(name, 0)) for name in ("active_file", "inactive_file"))

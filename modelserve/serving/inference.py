@@ -19,7 +19,7 @@ from modelserve.ids import REQUEST_ID_RULE, ROUTING_KEY_RULE, is_request_id, is_
 from modelserve.serving.version import LoadedVersion
 from modelserve.signature import AT_ONCE, Pieces
 from modelserve.turns import Steps, in_turns
-from modelserve.types import Json, Prediction, Row
+from modelserve.types import Arm, Json, Prediction, Row
 
 T = TypeVar("T")
 _NONE: Final[Sequence[tuple[str, ...]]] = ()
@@ -64,9 +64,11 @@ class Inference:
         "_known",
         "_observers",
         "_pending",
+        "arm",
         "cached",
         "deadline",
         "degraded",
+        "executed",
         "latency_ms",
         "limit_s",
         "request",
@@ -77,7 +79,7 @@ class Inference:
     )
 
     def __init__(
-        self, request: PredictRequest, version: LoadedVersion, observers: Observers, new_id: Callable[[], str]
+        self, request: PredictRequest, version: LoadedVersion, arm: Arm, observers: Observers, new_id: Callable[[], str]
     ) -> None:
         self._arrived = perf_counter()
         self._observers = observers
@@ -85,6 +87,7 @@ class Inference:
         self._pending: Sequence[Pending] = ()
         self.request = request
         self.version = version
+        self.arm = arm
         self.request_id = request.request_id or new_id()
         self.limit_s = version.timeout_s if request.timeout_ms is None else request.timeout_ms / 1000
         self.rows: Sequence[Row] = ()
@@ -95,6 +98,8 @@ class Inference:
         """For each row whether it came from the cache (empty: none did)."""
         self.degraded = _NONE
         """For each row which of its features have their default (empty: none of any row)."""
+        self.executed = False
+        """Whether the model gave results for it."""
 
     def __enter__(self) -> Self:
         self.deadline = asyncio.get_running_loop().time() + self.limit_s
@@ -132,6 +137,8 @@ class Inference:
                     self.degraded,
                     version.meta,
                     version.signature,
+                    self.arm,
+                    self.executed,
                 )
             )
 
@@ -184,11 +191,14 @@ class Inference:
     async def execute_cached(self, cache: PredictionCache) -> None:
         """Answer from the cache, join what runs already, or run the model and keep its answers."""
         results, self.cached = await cache.answer(self.version, self.rows, self.deadline, self._known, self.degraded)
+        self.executed = not all(self.cached)
         self.values = _values(results)
 
     async def execute(self) -> None:
         """Run the model: its batch, its replica, its answer."""
-        self.values = _values(await self.version.pool.submit(self.rows, self.deadline))
+        results = await self.version.pool.submit(self.rows, self.deadline)
+        self.executed = True
+        self.values = _values(results)
 
     # -- the answers ---------------------------------------------------------------------------------------
 

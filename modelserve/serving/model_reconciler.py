@@ -1,7 +1,7 @@
 """One model kept as it is wanted: every step works towards the state that was last read of the registry.
 
-A keeper waits for nothing, neither for a read nor for a load: it takes a step when a state is read, when a load ends
-and when a pause is over. So whatever fails elsewhere, a load that ended is taken in.
+A model reconciler waits for nothing, neither for a read nor for a load: it takes a step when a state is read, when a
+load ends and when a pause is over. So a load that ended is taken in although something else fails.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ import dataclasses
 import datetime as dt
 import logging
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Final, Protocol
 
 from modelserve.config import ModelOptions
-from modelserve.errors import BackendUnavailable, LoadFailed, VersionNotFound
-from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
+from modelserve.errors import BackendUnavailable
+from modelserve.events import Observers, VersionLoaded
 from modelserve.ports import ChangeListener
 from modelserve.resilience.executor import DaemonExecutor, call_with_timeout
+from modelserve.serving.deployment import Deployment
 from modelserve.serving.loader import Loader
+from modelserve.serving.loads import Loads, RoleStatus
 from modelserve.serving.snapshots import Snapshot, Snapshots
 from modelserve.serving.version import LoadedVersion
+from modelserve.serving.wanted import WantedOf, identity, plan_of, wanted_of
 from modelserve.types import DeploymentState, ModelVersion, Pointer, PoolStatus
 
 _log = logging.getLogger("modelserve")
-_FIRST_RETRY_S: Final = 1.0
-_LAST_RETRY_S: Final = 60.0
 _GONE_BACK_S: Final = 60.0  # for which a lower generation has to be read before it is believed
 _NOT_REGISTERED: Final = 0  # the generation of a model that there is not: the first change makes it 1
 _NOTHING_THERE: Final = "no such model is registered yet"
@@ -49,24 +50,6 @@ class Deployments(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Deployment:
-    """An immutable snapshot of what serves one model. A request keeps the snapshot that it took."""
-
-    model_name: str
-    generation: int
-    production: LoadedVersion
-    previous: LoadedVersion | None
-
-    def choose(self, version: str | None) -> LoadedVersion:
-        """Return the version that answers: production, or the one asked for if it is loaded."""
-        if version is None or version == self.production.meta.version:
-            return self.production
-        if self.previous is not None and version == self.previous.meta.version:
-            return self.previous
-        raise VersionNotFound(self.model_name, version)
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
     """Where one model stands here.
@@ -75,7 +58,8 @@ class ModelStatus:
     in production, ``production`` the one that answers; they differ while the former loads, or when it was refused.
     ``pool`` is the one of the latter. ``stale`` says since when the registry has not confirmed what is served: the time
     of the first look at which it could not be read, or of the snapshot that this server started from. ``warnings`` are
-    what of the model's options cannot work, by what its warm-up took.
+    what of the model's options cannot work, by what its warm-up took. ``roles`` are the versions wanted, each with
+    a load of its own, the most important first; ``ready``, ``loading`` and ``problem`` are about production alone.
     """
 
     model_name: str
@@ -91,18 +75,15 @@ class ModelStatus:
     pool: PoolStatus | None
     stale: dt.datetime | None = None
     warnings: tuple[str, ...] = ()
-
-
-_Identity: TypeAlias = tuple[int, str, str, dt.datetime]
-
-
-def _identity(version: ModelVersion) -> _Identity:
-    """Return what tells a version from any other, also from one that has its id in another database."""
-    return version.id, version.version, version.artifact.sha256, version.created_at
+    roles: tuple[RoleStatus, ...] = ()
 
 
 class ModelReconciler:
-    """Keeps one model as it is wanted."""
+    """Keeps one model as it is wanted.
+
+    ``wanted_of`` says which versions a state of the registry wants loaded. Each is loaded by itself: one that fails or
+    is slow holds up no other.
+    """
 
     def __init__(
         self,
@@ -113,10 +94,10 @@ class ModelReconciler:
         disk: DaemonExecutor,
         observers: Observers,
         snapshots: Snapshots | None,
+        wanted_of: WantedOf = wanted_of,
     ) -> None:
         self._model_name = model_name
         self._options = options
-        self._loader = loader
         self._disk = disk
         self._observers = observers
         self._snapshots = snapshots
@@ -126,12 +107,9 @@ class ModelReconciler:
         self._seen: Pointer | None = None  # where the registry stood when it was last read and believed
         self._behind_since: float | None = None
         self._loop = asyncio.get_running_loop()
-        self._loaded: dict[_Identity, LoadedVersion] = {}
-        self._loading: tuple[ModelVersion, asyncio.Task[LoadedVersion]] | None = None
-        self._refused: ModelVersion | None = None
-        self._retry_s = _FIRST_RETRY_S
-        self._pause: asyncio.TimerHandle | None = None
-        self._retiring: set[asyncio.Task[Any]] = set()
+        self._wanted_of = wanted_of
+        self._loads = Loads(model_name, options, loader=loader, observers=observers, notify=self._step)
+        self._saving: set[asyncio.Task[None]] = set()
         self.deployment: Deployment | None = None
         self.wanted = 0
         self.problem: str | None = None
@@ -203,29 +181,36 @@ class ModelReconciler:
             target=self.target,
             production=now.production.meta.version if now else None,
             previous=now.previous.meta.version if now and now.previous else None,
-            loading=self._loading[0].version if self._loading else None,
+            loading=self._loading,
             problem=self.problem,
             queue_depth=now.production.pool.queue_depth if now else 0,
             pool=now.production.pool.status() if now else None,
             stale=since if now else None,
             warnings=now.production.warnings if now else (),
+            roles=self._loads.status(),
         )
+
+    @property
+    def _loading(self) -> str | None:
+        """The version that is being loaded for production."""
+        first = next(iter(self._loads.status()), None)
+        return first.version if first is not None and first.loading else None
 
     async def stop(self) -> None:
         """Stop loading, then drain and free every version."""
         self.tried.set()
-        self._abandon_load()
-        if self._pause is not None:
-            self._pause.cancel()
-        for version in list(self._loaded.values()):
-            self._retire(version)
-        if self._retiring:
-            await asyncio.wait(self._retiring)
+        await self._loads.stop()
+        await self.settled()
+
+    async def settled(self) -> None:
+        """Wait until nothing is being freed or saved."""
+        await self._loads.settled()
+        if self._saving:
+            await asyncio.wait(self._saving)
 
     def abandon(self) -> None:
         """Free the versions without the loop, which has ended."""
-        for version in self._loaded.values():
-            version.abandon()
+        self._loads.abandon()
 
     # -- one step at a time --------------------------------------------------------------------------------
 
@@ -236,25 +221,16 @@ class ModelReconciler:
     def _step(self) -> None:
         """Move one step towards the wanted state; what ends later takes the next one."""
         try:
-            self._take_in()
-            if self._state is not None:
-                self._approach(self._state)
+            if self._state is None:
+                return
+            plan = plan_of(self._wanted_of(self._state)) if self._state.production else {}
+            self._loads.receive(plan, self._state.generation)
+            self._deploy(self._state)
+            self._loads.follow(self.deployment)
         except Exception:  # noqa: BLE001  # the other models are not to suffer; the next look reads it again
-            _log.exception("failed to reconcile %s; it is tried again at the next look", self._model_name)
+            _log.exception("failed to reconcile %s, retrying at the next look", self._model_name)
             self._seen = None
             self._nothing_to_serve("it could not be reconciled; see the log")
-
-    def _approach(self, state: DeploymentState) -> None:
-        if state.production is None:
-            self._abandon_load()  # what serves goes on: absence takes nothing away
-            self.problem = _NOTHING_THERE if state.generation == _NOT_REGISTERED else _NOTHING_IN_PRODUCTION
-            self.tried.set()
-        elif (identity := _identity(state.production)) in self._loaded:
-            self._abandon_load()
-            self._swap(state, self._loaded[identity])
-        else:
-            self._start_loading(state.production)
-        self._retire_unwanted(state)
 
     def _nothing_to_serve(self, problem: str) -> None:
         """Note why there is nothing to serve, when there is nothing."""
@@ -263,7 +239,7 @@ class ModelReconciler:
             self.tried.set()
 
     def _is_foreign(self, state: DeploymentState) -> bool:
-        """Whether a row points at another model's version, which nobody has put into production under this name."""
+        """Whether a row points at another model's version, which was never put into production under this name."""
         for version in (state.production, state.previous):
             if version is not None and version.model_name != self._model_name:
                 problem = f"the registry points at version {version.version} of {version.model_name!r} for it"
@@ -295,118 +271,76 @@ class ModelReconciler:
                 f"it is followed if that is still so after {_GONE_BACK_S:.0f} s"
             )
             return True
-        told = "%s: the registry has gone back from generation %d to %d and stays there; it is followed"
-        _log.warning(told, self._model_name, self.wanted, state.generation)
+        _log.warning(
+            "following the registry of %s back from generation %d to %d: it stays there",
+            self._model_name,
+            self.wanted,
+            state.generation,
+        )
         self._behind_since = None
         return False
 
-    def _start_loading(self, version: ModelVersion) -> None:
-        identity = _identity(version)
-        if self._loading is not None:
-            if _identity(self._loading[0]) == identity:
-                return
-            self._abandon_load()
-        if self._refused == version and self._pause is not None:  # one that was signed since is tried at once
-            return
-        load = self._loader.load(version, self._options, beside=self.deployment.production if self.deployment else None)
-        task = asyncio.create_task(load, name=f"modelserve-load-{self._model_name}")
-        task.add_done_callback(self._load_ended)
-        self._loading = (version, task)
+    # -- what serves ---------------------------------------------------------------------------------------
 
-    def _load_ended(self, task: asyncio.Task[LoadedVersion]) -> None:
-        if self._loading is not None and self._loading[1] is task:
-            self._step()
-
-    def _abandon_load(self) -> None:
-        """Cancel a load that a newer wish made pointless; it frees what it had by itself."""
-        self._take_in()  # it may have ended in this very turn of the loop
-        if self._loading is not None:
-            task, self._loading = self._loading[1], None
-            task.cancel()
-            self._in_background(task)
-
-    def _take_in(self) -> None:
-        """Receive a finished load: the version, or the reason why not."""
-        if self._loading is None or not self._loading[1].done():
-            return
-        version, task = self._loading
-        self._loading = None
-        if task.cancelled():  # by the model's own code: a load that is abandoned is not waited for
-            self._refuse(version, LoadFailed("the load was cancelled"))
-        elif (error := task.exception()) is not None:
-            self._refuse(version, error)
+    def _deploy(self, state: DeploymentState) -> None:
+        """Let what is wanted and loaded serve from now on, in one assignment."""
+        before = self.deployment
+        if state.production is None:  # what serves goes on: absence takes nothing away
+            self.problem = _NOTHING_THERE if state.generation == _NOT_REGISTERED else _NOTHING_IN_PRODUCTION
+            self.tried.set()
+        elif production := self._loads.loaded.get(identity(state.production)):
+            self._take_over(state, production)
         else:
-            self._loaded[_identity(version)] = task.result()
-            self._refused = None
+            self._wait_for(state.production)
+        self._announce(before, state.generation)
 
-    def _refuse(self, version: ModelVersion, error: BaseException) -> None:
-        self._retry_s = min(_LAST_RETRY_S, self._retry_s * 2) if self._refused == version else _FIRST_RETRY_S
-        self._refused = version
-        if self._pause is not None:
-            self._pause.cancel()
-        self._pause = self._loop.call_later(self._retry_s, self._retry)
-        self.problem = f"version {version.version} was refused: {error}"
-        self.tried.set()
-        told = "%s %s was refused, what served before still does; next try in %.0f s: %s"
-        _log.error(told, self._model_name, version.version, self._retry_s, error)
-        if isinstance(error, Exception):
-            self._observers.emit(LoadRejected(self._model_name, version.version, self.wanted, error, self._retry_s))
-
-    def _retry(self) -> None:
-        self._pause = None
-        self._step()
-
-    def _swap(self, state: DeploymentState, production: LoadedVersion) -> None:
-        """Let the wanted version answer from now on, in one assignment."""
-        previous = (
-            self._loaded.get(_identity(state.previous)) if state.previous and self._options.keeps_previous else None
+    def _take_over(self, state: DeploymentState, production: LoadedVersion) -> None:
+        before = self.deployment
+        if before is not None and before.production is not production and self._options.reload == "replace":
+            # It has lent a replica until it is freed. Wanted in another role, it is loaded again for that.
+            self._loads.free(before.production)
+        keeps = state.previous is not None and self._options.keeps_previous
+        previous = self._loads.loaded.get(identity(state.previous)) if keeps and state.previous else None
+        self.deployment = self._with_others(
+            Deployment(
+                model_name=self._model_name, generation=state.generation, production=production, previous=previous
+            )
         )
-        before, self.deployment = self.deployment, Deployment(self._model_name, state.generation, production, previous)
         self.problem = None
         self._keep_snapshot(state)
         self.tried.set()
-        if before is None or before.production is not production:
-            _log.info(
-                "%s %s serves from now on (generation %d)", self._model_name, production.meta.version, state.generation
-            )
-            self._observers.emit(VersionLoaded(self._model_name, production.meta.version, state.generation))
+
+    def _wait_for(self, production: ModelVersion) -> None:
+        """Let the version before go on, beside the canary and the shadows that are wanted now."""
+        refusal = next(iter(self._loads.status())).problem
+        if refusal is not None:
+            self.problem = f"version {production.version} was refused: {refusal}"
+            self.tried.set()
+        if self.deployment is not None:
+            self.deployment = self._with_others(self.deployment)
+
+    def _with_others(self, deployment: Deployment) -> Deployment:
+        canary, shadows = self._loads.with_role("canary"), self._loads.with_role("shadow")
+        return dataclasses.replace(deployment, canary=canary[0] if canary else None, shadows=tuple(shadows))
+
+    def _announce(self, before: Deployment | None, generation: int) -> None:
+        """Log and emit which versions have taken up a role."""
+        had = () if before is None else before.roles
+        for role, version in self.deployment.roles if self.deployment else ():
+            if (role, version) not in had:
+                name, number = self._model_name, version.meta.version
+                _log.info("loaded %s %s, it serves from now on (%s, generation %d)", name, number, role, generation)
+                self._observers.emit(VersionLoaded(name, number, generation, role))
 
     def _keep_snapshot(self, state: DeploymentState) -> None:
         """Keep what is applied for a start without the registry. What fails is tried again at the next resync."""
         if self._snapshots is not None and state != self._saved:
             saving = self._save(self._snapshots, state)
-            self._in_background(asyncio.create_task(saving, name=f"modelserve-save-{self._model_name}"))
+            task = asyncio.create_task(saving, name=f"modelserve-save-{self._model_name}")
+            self._saving.add(task)  # a task that nothing holds can be forgotten before it is done
+            task.add_done_callback(self._saving.discard)
 
     async def _save(self, snapshots: Snapshots, state: DeploymentState) -> None:
         with contextlib.suppress(BackendUnavailable):  # a disk that hangs must not keep the server from closing
             if await call_with_timeout(self._disk, snapshots.save, state):
                 self._saved = state
-
-    # -- what is no longer wanted --------------------------------------------------------------------------
-
-    def _retire_unwanted(self, state: DeploymentState) -> None:
-        now = self.deployment
-        kept: set[Any] = {now.production, now.previous} if now else set()
-        if state.production is not None and _identity(state.production) in self._loaded:
-            kept.add(self._loaded[_identity(state.production)])
-        for version in list(self._loaded.values()):
-            if version not in kept:
-                self._retire(version)
-
-    def _retire(self, version: LoadedVersion) -> None:
-        del self._loaded[_identity(version.meta)]
-        unload = self._unload(version)
-        self._in_background(asyncio.create_task(unload, name=f"modelserve-unload-{self._model_name}"))
-
-    def _in_background(self, task: asyncio.Task[Any]) -> None:
-        """Keep a task from being forgotten until it is done."""
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
-
-    async def _unload(self, version: LoadedVersion) -> None:
-        try:
-            await version.unload()
-        except Exception:  # noqa: BLE001  # nobody waits for an unload: what went wrong is told to the log
-            _log.exception("%s %s could not be freed", self._model_name, version.meta.version)
-            return
-        self._observers.emit(VersionUnloaded(self._model_name, version.meta.version))

@@ -1,8 +1,8 @@
 """The reconciler: what the registry wants served → what is loaded here.
 
 Level-triggered. A hint or a poll only says "look"; a look reads the wanted state, and every step works towards the
-state as it was last read. Lost, repeated, late or reordered hints therefore change nothing. Each model has a keeper
-of its own, so that a slow load holds up nobody else.
+state as it was last read. Lost, repeated, late or reordered hints therefore change nothing. Each model has a reconciler
+of its own, so that a slow load holds up no other model.
 
 A look is one question to the registry, or two, however many models there are: a database may be far away.
 """
@@ -21,9 +21,11 @@ from modelserve.errors import BackendUnavailable, ModelNotFound, ModelServeError
 from modelserve.events import Observers
 from modelserve.ports import ChangeHints
 from modelserve.resilience.executor import DaemonExecutor, call_with_timeout
+from modelserve.serving.deployment import Deployment
 from modelserve.serving.loader import Loader
-from modelserve.serving.model_reconciler import Deployment, Deployments, ModelReconciler, ModelStatus
+from modelserve.serving.model_reconciler import Deployments, ModelReconciler, ModelStatus
 from modelserve.serving.snapshots import Snapshot, Snapshots
+from modelserve.serving.wanted import WantedOf, wanted_of
 from modelserve.types import DeploymentState, Pointer
 
 _log = logging.getLogger("modelserve")
@@ -37,7 +39,7 @@ def _utc_now() -> dt.datetime:
 class Reconciler:
     """Holds a :class:`Deployment` per served model and keeps it as the registry wants it.
 
-    ``models`` names what to serve and how; None serves every model that has a production version. ``hints`` tells of
+    ``models`` names what to serve and how; None serves every model that has a production version. ``hints`` announces
     changes by other processes; without it they are found by polling. ``snapshots`` keep what was applied, and stand in
     for a registry that cannot be read when there is nothing to serve yet. The registry is asked on ``sql``; the
     snapshots are read and written on ``disk``, which waits for no database.
@@ -55,6 +57,7 @@ class Reconciler:
         poll_s: float,
         hints: ChangeHints | None = None,
         snapshots: Snapshots | None = None,
+        wanted_of: WantedOf = wanted_of,
         now: Callable[[], dt.datetime] = _utc_now,
     ) -> None:
         self._registry = registry
@@ -66,11 +69,12 @@ class Reconciler:
         self._sql = sql
         self._disk = disk
         self._snapshots = snapshots
+        self._wanted_of = wanted_of
         self._now = now
         self._models = models
         self._observers = observers
         self._poll_s = poll_s
-        self._keepers: dict[str, ModelReconciler] = {}
+        self._reconcilers: dict[str, ModelReconciler] = {}
         self._poll: asyncio.Task[None] | None = None
         self._stopped = False
         self._subscriptions: list[Callable[[], None]] = []
@@ -82,14 +86,14 @@ class Reconciler:
         self._has_looked = models is not None  # a list of models says which there are without asking
 
     def __getitem__(self, model_name: str) -> Deployment:
-        keeper = self._keepers.get(model_name)
-        if keeper is None:
-            raise self._no_keeper(model_name)
-        if keeper.deployment is None:
-            raise NotReady(f"model {model_name!r} is not ready: {keeper.problem or 'it is loading'}")
-        return keeper.deployment
+        model = self._reconcilers.get(model_name)
+        if model is None:
+            raise self._not_served(model_name)
+        if model.deployment is None:
+            raise NotReady(f"model {model_name!r} is not ready: {model.problem or 'it is loading'}")
+        return model.deployment
 
-    def _no_keeper(self, model_name: str) -> ModelServeError:
+    def _not_served(self, model_name: str) -> ModelServeError:
         if not self._has_looked:
             return NotReady(f"which models there are is not known yet: {self._problem or 'the server is starting'}")
         if self._models is None and model_name in self._found:
@@ -102,10 +106,10 @@ class Reconciler:
         sources = (self._registry,) if self._hints is None else (self._registry, self._hints)
         self._subscriptions = [source.subscribe(self._hint) for source in sources]
         for name in self._models or ():
-            self._keep(name)
+            self._reconciler_of(name)
         await self._look()
         self._poll = asyncio.create_task(self._look_forever(), name="modelserve-poll")
-        await asyncio.gather(*(keeper.tried.wait() for keeper in self._keepers.values()))
+        await asyncio.gather(*(model.tried.wait() for model in self._reconcilers.values()))
 
     async def stop(self) -> None:
         """Stop looking, then drain and free every version."""
@@ -113,29 +117,29 @@ class Reconciler:
         if self._poll is not None:
             self._poll.cancel()
             await asyncio.wait([self._poll])
-        await asyncio.gather(*(keeper.stop() for keeper in self._keepers.values()))
-        self._keepers.clear()
+        await asyncio.gather(*(model.stop() for model in self._reconcilers.values()))
+        self._reconcilers.clear()
 
     def abandon(self) -> None:
         """Free what can be freed without the loop, which has ended."""
         self._stop_listening()
-        for keeper in self._keepers.values():
-            keeper.abandon()
+        for model in self._reconcilers.values():
+            model.abandon()
 
     def status(self) -> list[ModelStatus]:
         """Return the status of every model served here, by name; of one that is to be, but could not be read, too."""
         return [
-            keeper.status(self._lost_since)
-            for _, keeper in sorted(self._keepers.items())
-            if self._models is not None or not keeper.is_idle
+            model.status(self._lost_since)
+            for _, model in sorted(self._reconcilers.items())
+            if self._models is not None or not model.is_idle
         ]
 
     def status_of(self, model_name: str) -> ModelStatus:
         """Return the status of one model served here. Raises ``ModelNotFound``."""
-        keeper = self._keepers.get(model_name)
-        if keeper is None or (self._models is None and keeper.target is None):
+        model = self._reconcilers.get(model_name)
+        if model is None or (self._models is None and model.target is None):
             raise ModelNotFound(model_name)
-        return keeper.status(self._lost_since)
+        return model.status(self._lost_since)
 
     @property
     def problem(self) -> str | None:
@@ -156,7 +160,7 @@ class Reconciler:
         if model_name is not None and not self._serves(model_name):
             return
         # A name says too little of what the registry has, and less when it could not be read before.
-        is_enough = model_name in self._keepers and self._problem is None
+        is_enough = model_name in self._reconcilers and self._problem is None
         self._asked.add(model_name if is_enough else None)
         self._look_now.set()
 
@@ -218,18 +222,18 @@ class Reconciler:
     def _know(self, found: Mapping[str, object]) -> None:
         """Note which models the registry has."""
         self._has_looked, self._found = True, found
-        for name, keeper in self._keepers.items():
+        for name, model in self._reconcilers.items():
             if name not in found:
-                keeper.absent()
+                model.absent()
 
     def _changed(self, pointers: Mapping[str, Pointer]) -> list[str]:
         """Return the models of which something else was read last, or nothing yet; these count from now on."""
         for name in [name for name, pointer in pointers.items() if pointer.production_id is not None]:
-            self._keep(name)
+            self._reconciler_of(name)
         return [
             name
-            for name, keeper in self._keepers.items()
-            if (pointer := pointers.get(name)) is not None and keeper.differs_from(pointer)
+            for name, model in self._reconcilers.items()
+            if (pointer := pointers.get(name)) is not None and model.differs_from(pointer)
         ]
 
     async def _states(self, names: Collection[str] | None) -> Mapping[str, DeploymentState | None]:
@@ -252,12 +256,12 @@ class Reconciler:
         return {**await self._states(each[:half]), **await self._states(each[half:])}
 
     def _pass_on(self, states: Mapping[str, DeploymentState | None]) -> None:
-        """Give each keeper what is wanted of its model; one without a version in production needs none."""
+        """Give each model's reconciler what is wanted; a model without a version in production needs none."""
         for name, state in states.items():
             if state is None:
-                self._keep(name).unreadable("the registry's rows of it cannot be read; see the log")
-            elif name in self._keepers or state.production is not None:
-                self._keep(name).want(state)
+                self._reconciler_of(name).unreadable("the registry's rows of it cannot be read; see the log")
+            elif name in self._reconcilers or state.production is not None:
+                self._reconciler_of(name).want(state)
 
     async def _snapshots_of(self, error: ModelServeError) -> Mapping[str, Snapshot]:
         """Return what can stand in for a registry that does not answer; nothing can for one that refuses."""
@@ -275,21 +279,22 @@ class Reconciler:
         self._problem = problem
         for name, snapshot in stand_in.items():
             if self._serves(name):
-                self._keep(name).stand_in(snapshot)
-        for keeper in self._keepers.values():
-            keeper.unknown(problem)
+                self._reconciler_of(name).stand_in(snapshot)
+        for model in self._reconcilers.values():
+            model.unknown(problem)
 
-    def _keep(self, model_name: str) -> ModelReconciler:
-        keeper = self._keepers.get(model_name)
-        if keeper is None:
+    def _reconciler_of(self, model_name: str) -> ModelReconciler:
+        model = self._reconcilers.get(model_name)
+        if model is None:
             options = (self._models or {}).get(model_name) or ModelOptions()
-            keeper = ModelReconciler(
+            model = ModelReconciler(
                 model_name,
                 options,
                 loader=self._loader,
                 disk=self._disk,
                 observers=self._observers,
                 snapshots=self._snapshots,
+                wanted_of=self._wanted_of,
             )
-            self._keepers[model_name] = keeper
-        return keeper
+            self._reconcilers[model_name] = model
+        return model

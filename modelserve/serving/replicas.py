@@ -28,7 +28,7 @@ def pool_for(
     provision: Provision,
     *,
     niceness: int,
-    tell: Callable[[Event], None],
+    emit: Callable[[Event], None],
 ) -> Pool:
     """Return the pool that runs a version as its options say; nothing is started yet."""
     make_replica = _thread_replica
@@ -53,7 +53,7 @@ def pool_for(
         fingerprint=input_digest(meta, signature.canonical),
         model_name=meta.model_name,
         version=meta.version,
-        tell=tell,
+        tell=emit,
         intact=provision.intact,
     )
 

@@ -4,7 +4,7 @@
 
     applied/<digest of the registry's URL>/<digest of the model's name>.json
 
-It is data, and believed as far as the cache folder is: whoever can write there can say what is served while the
+It is data, and believed as far as the cache folder is: a process that can write there can say what is served while the
 registry is away. Bytes are still checked against the digests in it, and what may be loaded is still for the options
 of the model to say.
 """
@@ -72,8 +72,8 @@ class Snapshots:
         except (OSError, ValueError) as error:
             if not self._failing:
                 self._failing = True
-                told = "what %s serves could not be noted in %s, where a start without the registry would find it: %s"
-                _log.warning(told, state.model_name, self._folder, _in_short(error))
+                failed = "failed to save what %s serves in %s, where a start without the registry would find it: %s"
+                _log.warning(failed, state.model_name, self._folder, _in_short(error))
             return False
         self._failing = False
         return True
@@ -111,7 +111,7 @@ class Snapshots:
         return abs((snapshot.saved_at - other.saved_at).total_seconds()) < _RIVAL_S
 
     def _read(self, path: Path) -> Snapshot | None:
-        """Return a snapshot if it is one. What is not is told once and left alone: the next save replaces it."""
+        """Return a snapshot if it is one. What is not is logged once and left alone: the next save replaces it."""
         try:
             snapshot = _parse(path)
         except FileNotFoundError:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from modelserve.config import ModelOptions
-from modelserve.execution.pool import Pool
 from modelserve.features.plan import FeaturePlan, Pending
 from modelserve.serving.feasibility import MOST_CACHED_STRINGS
+from modelserve.serving.hand_over import HandOver
 from modelserve.signature import Signature
 from modelserve.signature.digest import input_digest
 from modelserve.types import ModelVersion, Row
@@ -20,22 +20,16 @@ class LoadedVersion:
     """A version that can answer: its signature, its pool, and a count of the requests on it.
 
     A request holds a lease from choosing the version to its answer; :meth:`unload` waits for the last of them.
-
-    One that was loaded in the room of ``before`` grows to its full number of replicas when that is gone. If it goes
-    first, because another is wanted by now, ``before`` has its room back.
     """
 
     __slots__ = (
-        "_before",
         "_digest",
         "_drained",
-        "_gone",
-        "_growing",
         "_held",
         "_leases",
-        "_room",
         "cache_ttl_s",
         "caches_by_request",
+        "hand_over",
         "meta",
         "options",
         "plan",
@@ -52,10 +46,9 @@ class LoadedVersion:
         meta: ModelVersion,
         options: ModelOptions,
         signature: Signature,
-        pool: Pool,
+        hand_over: HandOver,
         held: contextlib.ExitStack,
         *,
-        before: LoadedVersion | None = None,
         plan: FeaturePlan | None = None,
         warnings: Sequence[str] = (),
     ) -> None:
@@ -63,26 +56,21 @@ class LoadedVersion:
         self.options = options
         self.signature = signature
         self.plan = plan
-        self.pool = pool
+        self.pool = hand_over.pool
+        self.hand_over = hand_over
         self.timeout_s = options.timeout_ms / 1000
         self.warnings = tuple(warnings)
         """What of its options cannot work."""
         self.cache_ttl_s = options.cache_ttl_s if signature.strings <= MOST_CACHED_STRINGS else 0.0
         self._digest = input_digest(meta, signature.canonical)
         self.request_key = None if plan is None or options.cache_key == "merged" else _request_key(meta, plan)
-        """Returns the key of what is answered to a request whatever its features are; None where these count."""
+        """Returns the key of what is answered to a request without regard to its features; None where these count."""
         self.caches_by_request = self.cache_ttl_s > 0 and self.request_key is not None
         self.validate: Callable[[Any], Any] = signature.validate if plan is None else plan.validate
         """Returns one instance as a row, or as what its features are still missing from. Raises ``InvalidInput``."""
         self._held = held  # what has to stay on the disk
         self._leases = 0
         self._drained: asyncio.Event | None = None
-        self._gone = asyncio.Event()
-        self._room = asyncio.Lock()
-        self._before = before
-        self._growing: asyncio.Task[None] | None = None
-        if before is not None:
-            self._growing = asyncio.create_task(self._grow_after(before), name="modelserve-grow")
 
     def cache_key(self, row: Row) -> str:
         """Return the key of what this version answers to a row: the model's name and the digest of the input."""
@@ -102,48 +90,15 @@ class LoadedVersion:
         if self._leases:
             self._drained = asyncio.Event()
             await self._drained.wait()
-        if self._growing is not None:
-            self._growing.cancel()
-            await asyncio.wait([self._growing])
         try:
-            await self.pool.stop()
+            await self.hand_over.stop()
         finally:
             self._held.close()
-            self._gone.set()
-            if self._before is not None:
-                self._before.reclaim_replica()
 
     def abandon(self) -> None:
         """Free it without the loop, which has ended, and with it every request."""
         self.pool.abandon()
         self._held.close()
-
-    async def lend_replica(self) -> None:
-        """Give up one replica, if there is more than one, for a version that is to take over.
-
-        Only one can have the room at a time: the next waits until it was taken back, so that there are never more
-        replicas than the options say.
-        """
-        await self._room.acquire()
-        try:
-            if self._growing is not None:
-                await asyncio.wait([self._growing])
-            if self.pool.size > 1:
-                await self.pool.confine(self.pool.size - 1)
-        except BaseException:
-            self.reclaim_replica()
-            raise
-
-    def reclaim_replica(self) -> None:
-        """Grow to the full number of replicas again: the version that had the room is gone."""
-        self._room.release()
-        if not self._gone.is_set():
-            self.pool.release()
-
-    async def _grow_after(self, before: LoadedVersion) -> None:
-        await before._gone.wait()
-        self._before = None
-        self.pool.release()
 
 
 def _request_key(meta: ModelVersion, plan: FeaturePlan) -> Callable[[Pending], str]:

@@ -59,6 +59,7 @@ SECRET_ONES: list[tuple[Exception, int, str]] = [
     (errors.OutOfMemory(SECRET), 500, "inference-failed"),
     (errors.WorkerDied(SECRET), 500, "worker-died"),
     (errors.LoadFailed(SECRET), 500, "internal-error"),
+    (errors.TooLittleMemory(SECRET), 500, "internal-error"),
     (errors.ArtifactUnsafe(SECRET), 500, "internal-error"),
     (errors.ArtifactCorrupt(SECRET, SECRET, SECRET), 500, "internal-error"),
     (errors.ConfigError(SECRET), 500, "internal-error"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import orjson
@@ -18,8 +19,9 @@ import pytest
 import modelserve as ms
 from modelserve.artifacts import DiskCache
 from modelserve.config import ModelOptions
-from modelserve.errors import ArtifactUnsafe, LoadFailed
+from modelserve.errors import ArtifactUnsafe, LoadFailed, TooLittleMemory
 from modelserve.execution import cores, thread
+from modelserve.serving import loader as loader_module
 from modelserve.serving import warmup
 from modelserve.serving.host_memory import Memory
 from modelserve.serving.loader import Loader
@@ -216,7 +218,7 @@ async def test_a_cancelled_load_leaves_nothing_behind(loader: Loader, registry: 
         (outcome,) = await asyncio.gather(task, return_exceptions=True)
         if not isinstance(outcome, BaseException):
             await outcome.unload()
-    await asyncio.get_running_loop().run_in_executor(loader._executor, lambda: None)
+    await asyncio.get_running_loop().run_in_executor(loader._threads.loads, lambda: None)
     await asyncio.sleep(0)
     loaded = await loader.load(version, ModelOptions())  # a fetch that was under way has come back by now
     await loaded.unload()
@@ -259,8 +261,7 @@ async def answers(loaded: LoadedVersion) -> int:
 
 async def full(loaded: LoadedVersion) -> int:
     """Return how many replicas answer when all that are to start have started."""
-    if loaded._growing is not None:
-        await loaded._growing
+    await loaded.hand_over.grown()
     await asyncio.gather(*loaded.pool._opening.values())
     return sum(replica.state == "ready" for replica in loaded.pool.status().replicas)
 
@@ -350,6 +351,27 @@ async def test_a_version_that_does_not_take_over_gives_its_room_back(
     assert await no_replica_is_left()
 
 
+@pytest.mark.promise("P4")
+async def test_a_load_that_ends_after_its_pool_has_started_gives_the_room_back(
+    loader: Loader, registry: ms.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last look at the options may fail too: the version that serves has its full number of replicas again."""
+    options = ModelOptions(replicas=2, reload="replace")
+    old = await loader.load(registry.get("m", "1"), options)
+    second = registry.register("m", "2", telltale(2), example=X)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader_module, "misfits", Mock(side_effect=OSError("no figures")))
+        with pytest.raises(OSError, match="no figures"):
+            await loader.load(second, options, beside=old)
+    assert await full(old) == 2
+    async with asyncio.timeout(30):
+        new = await loader.load(second, options, beside=old)
+    await old.unload()
+    assert await full(new) == 2
+    await new.unload()
+    assert await no_replica_is_left()
+
+
 async def test_only_one_version_at_a_time_has_the_room(
     loader: Loader, registry: ms.Registry, at_load: Callable[..., None]
 ) -> None:
@@ -369,7 +391,7 @@ async def test_only_one_version_at_a_time_has_the_room(
     with first:
         leaving = asyncio.create_task(first.unload())
         third = asyncio.create_task(loader.load(registry.get("m", "3"), options, beside=second))
-        while not second._room.locked():  # noqa: ASYNC110  # a fetch in a thread comes before it, which tells nobody
+        while not second.hand_over._lent.locked():  # noqa: ASYNC110  # a fetch in a thread comes before it, which tells nobody
             await asyncio.sleep(0)
         begun = len(seen)
         await asyncio.wait([leaving], timeout=0)
@@ -386,7 +408,24 @@ async def test_only_one_version_at_a_time_has_the_room(
 
 
 def beside_little(loader: Loader, available: int | None, taken: int | None = None) -> Loader:
-    return Loader(loader._store, loader._cache, loader._executor, memory=LittleMemory(available, taken))
+    return Loader(loader._store, loader._cache, loader._threads.loads, memory=LittleMemory(available, taken))
+
+
+@pytest.mark.promise("P4")
+async def test_a_canary_leaves_memory_for_what_is_still_to_be_loaded(loader: Loader, registry: ms.Registry) -> None:
+    """It is refused where production would not fit beside it any more, also where replicas are replaced."""
+    second, third = (registry.register("m", number, telltale(int(number)), example=X) for number in ("2", "3"))
+    options = ModelOptions(reload="replace")
+    first = await loader.load(registry.get("m", "1"), options)
+    need = 3 * (second.artifact.size + third.artifact.size)
+    with pytest.raises(TooLittleMemory, match=r"of which .* MB are for versions that are still to be loaded"):
+        await beside_little(loader, need - 1).load(second, options, role="canary", beside=first, rivals=[third])
+    canary = await beside_little(loader, need).load(second, options, role="canary", beside=first, rivals=[third])
+    assert (first.pool.size, canary.pool.size) == (1, 1)
+    with pytest.raises(TooLittleMemory):  # before production is there to be compared with
+        await beside_little(loader, need - 1).load(second, options, role="canary", rivals=[third])
+    for each in (canary, first):
+        await each.unload()
 
 
 @pytest.mark.promise("P4")
@@ -417,7 +456,7 @@ async def test_options_that_cannot_work_are_said_after_the_warm_up(
     fits = await loader.load(version, ModelOptions())
     assert (fits.warnings, caplog.messages) == ((), [])
     options = ModelOptions(slo_ms=1e-6, queue_limit=8, max_batch_size=16, replicas=2)
-    little = Loader(loader._store, loader._cache, loader._executor, memory=LittleMemory(None, None, total=10))
+    little = Loader(loader._store, loader._cache, loader._threads.loads, memory=LittleMemory(None, None, total=10))
     loaded = await little.load(version, options)
     assert [each.partition("=")[0] for each in loaded.warnings] == ["slo_ms", "max_batch_size", "replicas"]
     assert caplog.messages == [f"misconfigured: m 1: {each}" for each in loaded.warnings]

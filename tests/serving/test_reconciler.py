@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import datetime as dt
 import logging
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,238 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelserve.config import ModelOptions
-from modelserve.errors import BackendUnavailable, LoadFailed, ModelNotFound, NotReady, SchemaOutdated, VersionNotFound
-from modelserve.events import LoadRejected, Observers, VersionLoaded, VersionUnloaded
-from modelserve.ports import ChangeListener
-from modelserve.registry.hints import Hints
+from modelserve.errors import BackendUnavailable, ModelNotFound, NotReady, SchemaOutdated, VersionNotFound
+from modelserve.events import LoadRejected, VersionLoaded, VersionUnloaded
 from modelserve.resilience.executor import DaemonExecutor
-from modelserve.serving.model_reconciler import ModelStatus
-from modelserve.serving.reconciler import Reconciler
+from modelserve.serving.inference import PredictRequest
 from modelserve.serving.snapshots import Snapshots
-from modelserve.testing.clock import VirtualTimeLoop
-from modelserve.types import Artifact, DeploymentState, ModelVersion, Pointer
-
-YEAR = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-
-
-def version(number: int) -> ModelVersion:
-    """Make a registry's version; nothing of it is ever loaded."""
-    return ModelVersion(
-        id=number,
-        model_name="m",
-        version=str(number),
-        framework="sklearn",
-        artifact=Artifact(key="blobs/sha256/" + "0" * 64, sha256="0" * 64, size=1, format="skops"),
-        signature={},
-        load_options={},
-        example=None,
-        conversion=None,
-        metrics={},
-        tags={},
-        status="production",
-        created_at=YEAR,
-    )
-
-
-class FakeRegistry:
-    """One model's deployment, as the real registry would tell it."""
-
-    def __init__(self) -> None:
-        self.state: DeploymentState | None = None
-        self.others: dict[str, DeploymentState] = {}
-        self.listeners: list[ChangeListener] = []
-        self.reads = 0
-        self.down = False
-        self.bug: Exception | None = None
-        self.unreadable: set[str] = set()
-        self.error: Exception = RuntimeError("unforeseen")
-        self.was_wanted: list[int] = []
-
-    def promote(self, number: int) -> None:
-        now = self.state
-        self.state = DeploymentState(
-            model_name="m",
-            generation=1 if now is None else now.generation + 1,
-            production=version(number),
-            previous=now.production if now else None,
-        )
-        self.was_wanted.append(number)
-
-    def touch(self) -> None:
-        assert self.state is not None
-        self.state = dataclasses.replace(self.state, generation=self.state.generation + 1)
-
-    def hint(self, model_name: str | None = "m") -> None:
-        for listener in self.listeners:
-            listener(model_name)
-
-    def pointers(self, names: Collection[str] | None = None) -> dict[str, Pointer]:
-        self._answer()
-        return {
-            name: Pointer(state.generation, state.production.id if state.production else None)
-            for name, state in self._states(names).items()
-        }
-
-    def deployments(self, names: Collection[str] | None = None) -> dict[str, DeploymentState]:
-        self.reads += 1
-        self._answer()
-        states = self._states(names)
-        if not self.unreadable.isdisjoint(states):
-            raise self.error
-        return states
-
-    def _states(self, names: Collection[str] | None) -> dict[str, DeploymentState]:
-        found = dict(self.others)
-        if self.state is not None:
-            found["m"] = self.state
-        return {name: state for name, state in found.items() if names is None or name in names}
-
-    def subscribe(self, listener: ChangeListener) -> Callable[[], None]:
-        self.listeners.append(listener)
-        return lambda: self.listeners.remove(listener)
-
-    def _answer(self) -> None:
-        if self.bug is not None:
-            raise self.bug
-        if self.down:
-            raise BackendUnavailable("registry database", "it is down")
-
-
-class FakePool:
-    alive = True
-    queue_depth = 0
-
-    def status(self) -> None:
-        """Have nothing to tell."""
-
-
-class FakeVersion:
-    """Stands where a loaded version stands."""
-
-    def __init__(self, meta: ModelVersion) -> None:
-        self.meta = meta
-        self.pool = FakePool()
-        self.warnings = ()
-        self.unloaded = False
-        self.busy: asyncio.Event | None = None
-
-    async def unload(self) -> None:
-        if self.busy is not None:
-            await self.busy.wait()
-        assert not self.unloaded
-        self.unloaded = True
-
-
-class FakeLoader:
-    """Loads a version in as many virtual seconds as it is told, or fails."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[int, float] = {}
-        self.failing: set[int] = set()
-        self.started: list[int] = []
-        self.beside: list[str | None] = []
-        self.cancelled: list[int] = []
-        self.loaded: list[FakeVersion] = []
-
-    async def load(self, meta: ModelVersion, options: ModelOptions, *, beside: FakeVersion | None) -> FakeVersion:
-        self.started.append(meta.id)
-        self.beside.append(beside.meta.version if beside is not None else None)
-        try:
-            await asyncio.sleep(self.seconds.get(meta.id, 0.1))
-        except asyncio.CancelledError:
-            self.cancelled.append(meta.id)
-            raise
-        if meta.id in self.failing:
-            raise LoadFailed("it does not load")
-        self.loaded.append(FakeVersion(meta))
-        return self.loaded[-1]
-
-    @property
-    def alive(self) -> list[int]:
-        return sorted(each.meta.id for each in self.loaded if not each.unloaded)
-
-
-class Inline(DaemonExecutor):
-    """Runs at once what is submitted, so that virtual time need not wait for a thread."""
-
-    def __init__(self) -> None:
-        super().__init__(1, "inline")
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
-class World:
-    """A registry, a loader and the reconciler between them."""
-
-    def __init__(self, **options: Any) -> None:
-        self.registry = FakeRegistry()
-        self.loader = FakeLoader()
-        self.events: list[Any] = []
-        observers = Observers()
-        observers.subscribe(self.events.append)
-        self.elsewhere = Hints()
-        self.sql: Any = options.pop("sql", Inline())
-        self.live = Reconciler(
-            self.registry,
-            self.loader,  # type: ignore[arg-type]
-            self.sql,
-            options.pop("disk", Inline()),
-            models=options.pop("models", None),
-            observers=observers,
-            poll_s=options.pop("poll_s", 1.0),
-            hints=self.elsewhere,
-            snapshots=options.pop("snapshots", None),
-            now=self.time,
-        )
-
-    @property
-    def serving(self) -> str:
-        return self.live["m"].production.meta.version
-
-    @property
-    def status(self) -> ModelStatus:
-        return self.live.status()[0]
-
-    @staticmethod
-    def time() -> dt.datetime:
-        """Tell the virtual time as a date."""
-        return YEAR + dt.timedelta(seconds=asyncio.get_running_loop().time())
-
-    async def hint(self, model_name: str | None = "m") -> None:
-        self.registry.hint(model_name)
-        await asyncio.sleep(0.01)
-
-
-def run(scenario: Callable[[World], Coroutine[Any, Any, None]], **options: Any) -> World:
-    """Play a scenario in virtual time and stop the reconciler after it."""
-
-    async def play() -> World:
-        world = World(**options)
-        try:
-            await scenario(world)
-        finally:
-            await world.live.stop()
-        assert world.loader.alive == []
-        return world
-
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(play())
+from modelserve.types import DeploymentState
+from tests.serving.world import YEAR, FakeRegistry, FakeVersion, World, run, version
 
 
 def test_start_returns_when_everything_wanted_is_loaded() -> None:
     """After start the production version serves."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         assert world.serving == "1"
-        assert world.live.status()[0].ready
+        assert world.reconciler.status()[0].ready
 
     run(scenario)
 
@@ -257,10 +41,8 @@ def test_a_hint_is_acted_upon_at_once() -> None:
     """A hint makes the reconciler look without waiting for the poll."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
-        world.registry.promote(2)
-        await world.hint()
+        await world.start(1)
+        await world.promote(2)
         await asyncio.sleep(0.2)
         assert world.serving == "2"
 
@@ -271,8 +53,7 @@ def test_polling_alone_is_enough() -> None:
     """A change whose hint is lost is found within the poll interval."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.registry.promote(2)
         await asyncio.sleep(1.2)
         assert world.serving == "2"
@@ -284,8 +65,7 @@ def test_a_hint_from_another_process_is_acted_upon_at_once() -> None:
     """What other processes tell wakes the reconciler as a change in its own does, and no more after it stopped."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.registry.promote(2)
         world.elsewhere.publish("m")
         await asyncio.sleep(0.2)
@@ -300,7 +80,7 @@ def test_after_a_reconnect_everything_is_looked_at() -> None:
     """A hint for no model in particular finds the change whose own hint was lost, also of a model that is new."""
 
     async def scenario(world: World) -> None:
-        await world.live.start()
+        await world.reconciler.start()
         for number in (1, 2):
             world.registry.promote(number)
             await world.hint(None)
@@ -315,9 +95,9 @@ def test_stopping_ends_whatever_hint_it_meets(turns: int) -> None:
     """A hint that arrives in the very moment of a stop does not keep the poll alive."""
 
     async def scenario(world: World) -> None:
-        await world.live.start()
+        await world.reconciler.start()
         await asyncio.sleep(0.1)
-        world.live._nudge(None)
+        world.reconciler._nudge(None)
         for _ in range(turns):
             await asyncio.sleep(0)
 
@@ -329,8 +109,7 @@ def test_a_flood_of_hints_costs_one_look_at_a_time() -> None:
     """Thousands of hints in a row, for this model, for all and for unknown ones, cost two reads and no keeper."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         before = world.registry.reads
         for i in range(5_000):
             world.registry.hint("m")
@@ -338,7 +117,7 @@ def test_a_flood_of_hints_costs_one_look_at_a_time() -> None:
             world.registry.hint(f"unknown-{i}")
         await asyncio.sleep(0.5)
         assert world.registry.reads - before <= 2
-        assert len(world.live._keepers) == 1
+        assert len(world.reconciler._reconcilers) == 1
 
     run(scenario)
 
@@ -348,8 +127,7 @@ def test_hints_out_of_order_late_and_for_other_models_change_nothing() -> None:
     """Hints only make it look: whatever they name and whenever they come, what serves is what the registry wants."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         for number in (2, 3):
             world.registry.promote(number)
         for model_name in ("other", "m", None, "m", "other", ""):
@@ -369,8 +147,7 @@ def test_repeated_hints_load_once() -> None:
     """Any number of hints for one change starts one load."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.registry.promote(2)
         for _ in range(20):
             await world.hint()
@@ -384,14 +161,12 @@ def test_the_old_version_serves_while_the_new_one_loads() -> None:
     """Between a promotion and the end of its load the version before keeps answering."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.loader.seconds[2] = 30
-        world.registry.promote(2)
-        await world.hint()
+        await world.promote(2)
         await asyncio.sleep(29)
         assert world.serving == "1"
-        assert world.live.status()[0].loading == "2"
+        assert world.reconciler.status()[0].loading == "2"
         await asyncio.sleep(2)
         assert world.serving == "2"
 
@@ -402,21 +177,19 @@ def test_a_version_that_fails_leaves_the_old_one_serving_and_is_retried_with_bac
     """A refused version changes nothing, raises an event, and is tried again after 1, 2, 4 … seconds."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.loader.failing.add(2)
-        world.registry.promote(2)
-        await world.hint()
+        await world.promote(2)
         await asyncio.sleep(14)
         assert world.serving == "1"
-        assert world.live.status()[0].ready
-        assert "refused" in str(world.live.status()[0].problem)
+        assert world.reconciler.status()[0].ready
+        assert "refused" in str(world.reconciler.status()[0].problem)
         refusals = [event for event in world.events if isinstance(event, LoadRejected)]
         assert [event.retry_s for event in refusals] == [1, 2, 4, 8]
         world.loader.failing.clear()
         await asyncio.sleep(16)
         assert world.serving == "2"
-        assert world.live.status()[0].problem is None
+        assert world.reconciler.status()[0].problem is None
 
     run(scenario)
 
@@ -425,13 +198,10 @@ def test_a_newer_wish_overtakes_a_hanging_load() -> None:
     """A load that never ends does not keep a later promotion from being served."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.loader.seconds[2] = 1e6
-        world.registry.promote(2)
-        await world.hint()
-        world.registry.promote(3)
-        await world.hint()
+        await world.promote(2)
+        await world.promote(3)
         await asyncio.sleep(0.5)
         assert world.serving == "3"
         assert world.loader.cancelled == [2]
@@ -443,14 +213,11 @@ def test_a_load_that_a_rollback_made_pointless_is_given_up() -> None:
     """Back to what serves already, nothing goes on loading, and nobody hears of it later."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.loader.seconds[2] = 1e6
-        world.registry.promote(2)
-        await world.hint()
+        await world.promote(2)
         assert world.status.loading == "2"
-        world.registry.promote(1)
-        await world.hint()
+        await world.promote(1)
         assert world.loader.cancelled == [2]
         assert world.serving == "1"
         assert world.status.loading is None
@@ -463,8 +230,7 @@ def test_a_version_of_another_model_is_not_served() -> None:
     """A row that points elsewhere changes nothing but what is told; put right, it is followed."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.registry.promote(2)
         assert world.registry.state is not None
         right = world.registry.state
@@ -489,13 +255,13 @@ def test_an_unrelated_change_does_not_restart_a_load() -> None:
     async def scenario(world: World) -> None:
         world.loader.seconds[1] = 5
         world.registry.promote(1)
-        starting = asyncio.create_task(world.live.start())
+        starting = asyncio.create_task(world.reconciler.start())
         await asyncio.sleep(1)
         world.registry.touch()
         await world.hint()
         await starting
         assert world.loader.started == [1]
-        assert world.live["m"].generation == 2
+        assert world.reconciler["m"].generation == 2
 
     run(scenario)
 
@@ -506,7 +272,7 @@ def test_the_previous_version_stays_warm_for_a_rollback() -> None:
     async def scenario(world: World) -> None:
         for number in (1, 2, 1):
             world.registry.promote(number)
-            await (world.hint() if world.registry.listeners else world.live.start())
+            await (world.hint() if world.registry.listeners else world.reconciler.start())
             await asyncio.sleep(0.5)
         assert world.serving == "1"
         assert world.loader.started == [1, 2]
@@ -518,10 +284,8 @@ def test_without_keep_previous_the_old_version_is_freed() -> None:
     """``keep_previous=False`` unloads the version before after the swap."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
-        world.registry.promote(2)
-        await world.hint()
+        await world.start(1)
+        await world.promote(2)
         await asyncio.sleep(0.5)
         assert world.loader.alive == [2]
         assert VersionUnloaded("m", "1") in world.events
@@ -533,16 +297,14 @@ def test_what_is_neither_production_nor_previous_is_freed() -> None:
     """After three promotions the first version is gone, and the second can still be asked for by name."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         for number in (2, 3):
-            world.registry.promote(number)
-            await world.hint()
+            await world.promote(number)
             await asyncio.sleep(0.5)
         assert world.loader.alive == [2, 3]
-        assert world.live["m"].choose("2").meta.version == "2"
+        assert world.reconciler["m"].choose(PredictRequest("m", (), version="2"))[0].meta.version == "2"
         with pytest.raises(VersionNotFound):
-            world.live["m"].choose("1")
+            world.reconciler["m"].choose(PredictRequest("m", (), version="1"))
 
     run(scenario)
 
@@ -551,18 +313,16 @@ def test_a_registry_that_is_down_changes_nothing_that_serves() -> None:
     """While the database is down the loaded version serves; afterwards the missed change is caught up."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.registry.down = True
-        world.registry.promote(2)
-        await world.hint()
+        await world.promote(2)
         await asyncio.sleep(30)
         assert world.serving == "1"
-        assert world.live.problem is not None
+        assert world.reconciler.problem is not None
         world.registry.down = False
         await asyncio.sleep(1.5)
         assert world.serving == "2"
-        assert world.live.problem is None
+        assert world.reconciler.problem is None
 
     run(scenario)
 
@@ -571,13 +331,12 @@ def test_a_registry_that_fails_unforeseen_does_not_end_the_polling(caplog: pytes
     """Whatever reading the registry raises, the next poll reads it again."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.registry.bug = RuntimeError("unforeseen")
         world.registry.promote(2)
         await asyncio.sleep(5)
         assert world.serving == "1"
-        assert "RuntimeError" in str(world.live.problem)
+        assert "RuntimeError" in str(world.reconciler.problem)
         world.registry.bug = None
         await asyncio.sleep(1.5)
         assert world.serving == "2"
@@ -591,9 +350,9 @@ def test_a_start_without_registry_comes_up_not_ready_and_heals() -> None:
     async def scenario(world: World) -> None:
         world.registry.promote(1)
         world.registry.down = True
-        await world.live.start()
+        await world.reconciler.start()
         with pytest.raises(NotReady, match="it is down"):
-            world.live["m"]
+            world.reconciler["m"]
         world.registry.down = False
         await asyncio.sleep(1.5)
         assert world.serving == "1"
@@ -605,10 +364,8 @@ def test_a_load_that_ends_while_the_registry_is_down_is_taken_in_afterwards() ->
     """The state is read again after a load; if that fails, later polls make up for it."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
-        world.registry.promote(2)
-        await world.hint()
+        await world.start(1)
+        await world.promote(2)
         world.registry.down = True
         await asyncio.sleep(0.5)
         assert world.loader.alive == [1, 2]
@@ -623,8 +380,7 @@ def test_what_is_served_is_stale_while_the_registry_cannot_be_read(tmp_path: Pat
     """The status says since when, and stops saying so when the registry answers; readiness is not touched."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         assert world.status.stale is None
         await asyncio.sleep(0.5)
         world.registry.down = True
@@ -643,8 +399,7 @@ def test_a_hint_says_that_the_registry_is_back(tmp_path: Path) -> None:
     """Whoever tells of a change could make one: what is served is confirmed at once, not at the next poll."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.registry.down = True
         await asyncio.sleep(1.5)
         assert world.status.stale is not None
@@ -676,7 +431,7 @@ def test_a_start_without_registry_serves_what_was_applied_last(
         world.registry.promote(1)
         world.registry.promote(2)
         world.registry.down = True
-        await world.live.start()
+        await world.reconciler.start()
         assert world.serving == "1"
         assert world.status.stale == saved
         assert (world.status.ready, world.status.wanted, world.status.applied) == (True, 1, 1)
@@ -684,7 +439,7 @@ def test_a_start_without_registry_serves_what_was_applied_last(
         await asyncio.sleep(1.5)
         assert world.serving == "2"
         assert world.status.stale is None
-        assert world.live["m"].generation == 2
+        assert world.reconciler["m"].generation == 2
 
     run(scenario, models=models, snapshots=kept(tmp_path, 1, 1, saved))
 
@@ -695,7 +450,7 @@ def test_a_snapshot_that_is_still_true_is_not_loaded_again(tmp_path: Path) -> No
     async def scenario(world: World) -> None:
         world.registry.promote(1)
         world.registry.down = True
-        await world.live.start()
+        await world.reconciler.start()
         world.registry.down = False
         await asyncio.sleep(1.5)
         assert world.status.stale is None
@@ -709,8 +464,7 @@ def test_a_readable_registry_is_believed_and_no_snapshot(tmp_path: Path) -> None
     snapshots = kept(tmp_path, 9, 50, YEAR - dt.timedelta(days=1))
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         assert world.loader.started == [1]
         await asyncio.sleep(0)
 
@@ -723,11 +477,11 @@ def test_models_that_are_not_asked_for_are_not_served_from_snapshots(tmp_path: P
 
     async def scenario(world: World) -> None:
         world.registry.down = True
-        await world.live.start()
+        await world.reconciler.start()
         with pytest.raises(ModelNotFound):
-            world.live["m"]
+            world.reconciler["m"]
         with pytest.raises(NotReady, match="it is down"):
-            world.live["other"]
+            world.reconciler["other"]
         assert world.loader.started == []
 
     run(scenario, models={"other": ModelOptions()}, snapshots=kept(tmp_path, 1, 1))
@@ -740,9 +494,9 @@ def test_a_snapshot_that_does_not_load_is_retried_until_the_registry_is_back(tmp
         world.registry.promote(2)
         world.registry.down = True
         world.loader.failing.add(1)
-        await world.live.start()
+        await world.reconciler.start()
         with pytest.raises(NotReady, match="does not load"):
-            world.live["m"]
+            world.reconciler["m"]
         await asyncio.sleep(4)
         assert world.loader.started == [1, 1, 1]
         assert world.status.stale is None
@@ -758,9 +512,9 @@ def test_a_registry_that_refuses_is_not_stood_in_for(tmp_path: Path) -> None:
 
     async def scenario(world: World) -> None:
         world.registry.bug = SchemaOutdated("1", "2")
-        await world.live.start()
+        await world.reconciler.start()
         with pytest.raises(NotReady, match="modelserve db upgrade"):
-            world.live["m"]
+            world.reconciler["m"]
         assert world.loader.started == []
 
     run(scenario, snapshots=kept(tmp_path, 1, 1))
@@ -773,21 +527,21 @@ def test_a_registry_that_lags_is_ignored_and_one_that_has_gone_back_is_followed(
 
     async def scenario(world: World) -> None:
         world.registry.down = True
-        await world.live.start()
+        await world.reconciler.start()
         world.registry.promote(1)  # of the same id and name, in a database that is new
         fresh = world.registry.state
         world.registry.down = False
         await asyncio.sleep(50)
-        assert world.live["m"].generation == 50
+        assert world.reconciler["m"].generation == 50
         assert "gone back from generation 50 to 1" in str(world.status.problem)
         world.registry.state = dataclasses.replace(fresh, generation=50)  # type: ignore[type-var]
         await asyncio.sleep(2)
-        assert world.live["m"].production.meta.created_at == YEAR
+        assert world.reconciler["m"].production.meta.created_at == YEAR
         world.registry.state = fresh
         await asyncio.sleep(50)
-        assert world.live["m"].generation == 50
+        assert world.reconciler["m"].generation == 50
         await asyncio.sleep(15)
-        assert world.live["m"].generation == 1
+        assert world.reconciler["m"].generation == 1
         assert world.status.problem is None
         assert world.loader.started == [1, 1]
 
@@ -799,13 +553,12 @@ def test_another_registry_with_the_same_generation_is_found_within_a_minute() ->
     """A database that was filled anew can have the old numbers by chance; what they stand for is compared."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         assert world.registry.state is not None
         other = dataclasses.replace(version(1), created_at=YEAR + dt.timedelta(days=1))
         world.registry.state = dataclasses.replace(world.registry.state, production=other)
         await asyncio.sleep(62)
-        assert world.live["m"].production.meta == other
+        assert world.reconciler["m"].production.meta == other
         assert world.loader.alive == [1]
 
     run(scenario)
@@ -816,8 +569,7 @@ def test_a_registry_that_knows_no_such_model_any_more_takes_nothing_away() -> No
 
     async def scenario(world: World) -> None:
         for number in (1, 2, 3):
-            world.registry.promote(number)
-        await world.live.start()
+            await world.start(number)
         world.registry.state = None
         await asyncio.sleep(200)
         assert world.serving == "3"
@@ -835,8 +587,7 @@ def test_a_snapshot_that_could_not_be_kept_is_kept_later(tmp_path: Path) -> None
 
     async def scenario(world: World) -> None:
         (tmp_path / "applied").write_text("in the way")
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         assert world.serving == "1"
         (tmp_path / "applied").unlink()
         await asyncio.sleep(62)
@@ -849,10 +600,8 @@ def test_in_place_of_another_the_previous_version_is_not_kept() -> None:
     """``reload="replace"`` is for where there is no room for two: the one before is freed after the swap."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
-        world.registry.promote(2)
-        await world.hint()
+        await world.start(1)
+        await world.promote(2)
         await asyncio.sleep(0.5)
         assert world.loader.alive == [2]
         assert world.loader.beside == [None, "1"]
@@ -865,15 +614,15 @@ def test_before_the_first_look_no_model_is_called_unknown() -> None:
 
     async def scenario(world: World) -> None:
         world.registry.down = True
-        await world.live.start()
+        await world.reconciler.start()
         with pytest.raises(NotReady, match=r"not known yet: .* is down"):
-            world.live["m"]
+            world.reconciler["m"]
         world.registry.down = False
         world.registry.promote(1)
         await asyncio.sleep(1.5)
         assert world.serving == "1"
         with pytest.raises(ModelNotFound):
-            world.live["other"]
+            world.reconciler["other"]
 
     run(scenario)
 
@@ -882,12 +631,11 @@ def test_models_that_are_not_configured_are_not_served() -> None:
     """With an explicit list, other models of the registry are unknown here."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         with pytest.raises(ModelNotFound):
-            world.live["m"]
+            world.reconciler["m"]
         with pytest.raises(NotReady, match="no such model"):
-            world.live["other"]
+            world.reconciler["other"]
 
     run(scenario, models={"other": ModelOptions()})
 
@@ -896,18 +644,16 @@ def test_events_tell_each_takeover_once(caplog: pytest.LogCaptureFixture) -> Non
     """One ``VersionLoaded`` per takeover, with the generation that wanted it, and a line in the log."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.registry.touch()
         await world.hint()
-        world.registry.promote(2)
-        await world.hint()
+        await world.promote(2)
         await asyncio.sleep(1)
 
     with caplog.at_level(logging.INFO, "modelserve"):
         told = [event for event in run(scenario).events if isinstance(event, VersionLoaded)]
     assert told == [VersionLoaded("m", "1", 1), VersionLoaded("m", "2", 3)]
-    assert "m 2 serves from now on (generation 3)" in caplog.text
+    assert "loaded m 2, it serves from now on (production, generation 3)" in caplog.text
 
 
 # -- reads that fail, and a database that is far away ------------------------------------------------------
@@ -946,7 +692,7 @@ def test_start_returns_whatever_becomes_of_the_registry_while_a_model_loads(
     async def scenario(world: World) -> None:
         world.registry.promote(1)
         world.loader.seconds[1] = 5
-        starting = asyncio.create_task(world.live.start())
+        starting = asyncio.create_task(world.reconciler.start())
         await asyncio.sleep(0.5)
         TROUBLES[trouble](world.registry)
         async with asyncio.timeout(30):
@@ -964,7 +710,7 @@ def test_a_change_during_the_start_is_followed() -> None:
     async def scenario(world: World) -> None:
         world.registry.promote(1)
         world.loader.seconds[1] = 1e6
-        starting = asyncio.create_task(world.live.start())
+        starting = asyncio.create_task(world.reconciler.start())
         await asyncio.sleep(0.5)
         world.registry.promote(2)
         async with asyncio.timeout(5):
@@ -983,8 +729,7 @@ def test_a_load_that_its_own_model_cancels_is_refused_and_tried_again() -> None:
             raise asyncio.CancelledError
 
         world.loader.load = load  # type: ignore[method-assign]
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         assert "cancelled" in str(world.status.problem)
         await asyncio.sleep(2)
         assert world.loader.started == [1, 1]
@@ -1026,10 +771,10 @@ def test_320_models_behind_a_far_database_take_one_question(listed: bool) -> Non
 
     async def scenario(world: World) -> None:
         world.registry.others = {name: state_of(name, 1) for name in names}
-        await world.live.start()
+        await world.reconciler.start()
         assert len(world.sql.asked) == 1
         assert asyncio.get_running_loop().time() < 1
-        assert sum(status.ready for status in world.live.status()) == 320
+        assert sum(status.ready for status in world.reconciler.status()) == 320
         await asyncio.sleep(59)
         polls, reads = len(world.sql.asked), world.registry.reads
         assert polls < 62
@@ -1045,17 +790,17 @@ def test_of_20000_names_only_those_in_production_are_kept() -> None:
 
     async def scenario(world: World) -> None:
         world.registry.others = {f"m{i}": state_of(f"m{i}", 1 if i < 3 else None) for i in range(20_000)}
-        await world.live.start()
-        assert [status.model_name for status in world.live.status()] == ["m0", "m1", "m2"]
-        assert all(status.ready for status in world.live.status())
-        assert len(world.live._keepers) == 3
+        await world.reconciler.start()
+        assert [status.model_name for status in world.reconciler.status()] == ["m0", "m1", "m2"]
+        assert all(status.ready for status in world.reconciler.status())
+        assert len(world.reconciler._reconcilers) == 3
         with pytest.raises(NotReady, match="no version of it is in production"):
-            world.live["m7"]
+            world.reconciler["m7"]
         with pytest.raises(ModelNotFound):
-            world.live["m20000"]
+            world.reconciler["m20000"]
         world.registry.others["m7"] = state_of("m7", 1, 2)
         await asyncio.sleep(1.5)
-        assert world.live["m7"].generation == 2
+        assert world.reconciler["m7"].generation == 2
         assert world.registry.reads == 2
 
     run(scenario)
@@ -1066,21 +811,20 @@ def test_a_model_whose_first_read_fails_is_in_the_status_and_not_ready(caplog: p
     """A model that is known to be in production counts from then on, whether or not what it takes could be read."""
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         world.registry.others["new"] = state_of("new", 2)
         world.registry.unreadable = {"m", "new"}  # where they stand can be read, and no more
         world.registry.error = BackendUnavailable("registry database", "it went away")
         await asyncio.sleep(1.5)
-        old, new = world.live.status()
+        old, new = world.reconciler.status()
         assert (old.ready, new.ready, new.model_name) == (True, False, "new")
         assert "went away" in str(new.problem)
         assert "went away" in caplog.text
         with pytest.raises(NotReady, match="went away"):
-            world.live["new"]
+            world.reconciler["new"]
         world.registry.unreadable.clear()
         await asyncio.sleep(1.5)
-        assert [status.ready for status in world.live.status()] == [True, True]
+        assert [status.ready for status in world.reconciler.status()] == [True, True]
 
     run(scenario)
 
@@ -1093,17 +837,17 @@ def test_rows_that_cannot_be_read_do_not_hide_the_other_models(models: dict[str,
         world.registry.promote(1)
         world.registry.others = {name: state_of(name, 1) for name in ("odd", "one", "two")}
         world.registry.unreadable, world.registry.error = {"odd"}, ValueError("no JSON")
-        await world.live.start()
-        ready = {status.model_name: status.ready for status in world.live.status()}
+        await world.reconciler.start()
+        ready = {status.model_name: status.ready for status in world.reconciler.status()}
         assert ready == {name: name != "odd" for name in (models or ("m", "odd", "one", "two"))}
         world.registry.promote(2)
         await asyncio.sleep(61)
         assert world.serving == "2"
-        odd = next(status for status in world.live.status() if status.model_name == "odd")
+        odd = next(status for status in world.reconciler.status() if status.model_name == "odd")
         assert "cannot be read" in str(odd.problem)
         world.registry.unreadable.clear()
         await asyncio.sleep(1.5)
-        assert world.live["odd"].production.meta.version == "1"
+        assert world.reconciler["odd"].production.meta.version == "1"
 
     run(scenario, models=models)
 
@@ -1115,11 +859,11 @@ def test_a_model_that_leaves_production_before_it_served_does_not_count() -> Non
         world.registry.promote(1)
         world.registry.others["gone"] = state_of("gone", 2)
         world.loader.failing.add(2)
-        await world.live.start()
-        assert [status.ready for status in world.live.status()] == [False, True]
+        await world.reconciler.start()
+        assert [status.ready for status in world.reconciler.status()] == [False, True]
         world.registry.others["gone"] = state_of("gone", None, 2)
         await asyncio.sleep(1.5)
-        assert [(status.model_name, status.ready) for status in world.live.status()] == [("m", True)]
+        assert [(status.model_name, status.ready) for status in world.reconciler.status()] == [("m", True)]
 
     run(scenario)
 
@@ -1130,13 +874,13 @@ def test_hints_for_one_model_do_not_put_off_the_poll() -> None:
     async def scenario(world: World) -> None:
         world.registry.promote(1)
         world.registry.others["other"] = state_of("other", 1)
-        await world.live.start()
+        await world.reconciler.start()
         world.registry.others["other"] = state_of("other", 2, 2)
         for _ in range(15):
             world.registry.touch()
             world.registry.hint("m")
             await asyncio.sleep(0.1)
-        assert world.live["other"].generation == 2
+        assert world.reconciler["other"].generation == 2
 
     run(scenario)
 
@@ -1149,8 +893,7 @@ def test_stopping_does_not_wait_for_a_disk_that_hangs(tmp_path: Path) -> None:
             return Future()
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         assert world.serving == "1"
 
     run(scenario, snapshots=Snapshots(tmp_path, "url"), disk=Stuck(1, "stuck"))
@@ -1180,7 +923,7 @@ async def watch(world: World) -> None:
     last = 0
     while True:
         with contextlib.suppress(ModelNotFound, NotReady):
-            now = world.live["m"]
+            now = world.reconciler["m"]
             assert now.generation >= last
             last = now.generation
             assert now.production.meta.id in world.registry.was_wanted
@@ -1201,8 +944,7 @@ def test_whatever_happens_it_converges_and_never_goes_back(steps: list[tuple[str
     """
 
     async def scenario(world: World) -> None:
-        world.registry.promote(1)
-        await world.live.start()
+        await world.start(1)
         watcher = asyncio.create_task(watch(world))
         for action, number, tenths in steps:
             do(world, action, number)
@@ -1215,7 +957,7 @@ def test_whatever_happens_it_converges_and_never_goes_back(steps: list[tuple[str
             await watcher
         wanted = world.registry.deployments()["m"]
         assert wanted.production is not None
-        assert world.live["m"].generation == wanted.generation
-        assert world.live["m"].production.meta.id == wanted.production.id
+        assert world.reconciler["m"].generation == wanted.generation
+        assert world.reconciler["m"].production.meta.id == wanted.production.id
 
     run(scenario)

@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_harms_nothing(
     assert not snapshots.save(state(1))
     assert not snapshots.save(state(2))
     assert snapshots.load() == {}
-    assert [record.message.count("could not be noted") for record in caplog.records] == [1]
+    assert [record.message.count("failed to save") for record in caplog.records] == [1]
     (tmp_path / "applied").unlink()
     assert snapshots.save(state(2))
     assert snapshots.load()["m"].state == state(2)

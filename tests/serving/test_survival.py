@@ -22,6 +22,7 @@ from modelserve.artifacts import ArtifactStore, DiskCache
 from modelserve.events import LoadRejected
 from modelserve.execution import thread
 from modelserve.serving.host_memory import Memory
+from modelserve.serving.loads import Loads
 from modelserve.serving.snapshots import artifact_keys_in
 from modelserve.testing.models import STEP, tells, telltale
 from tests.servers import PostgresServer, S3Artifacts
@@ -122,19 +123,18 @@ async def test_a_bad_version_leaves_the_old_one_serving_and_heals(
 
 async def held(server: ms.AsyncModelServer) -> dict[str, int]:
     """Count what the versions of ``m`` hold when nothing is on its way in or out."""
-    keeper = server._require_running().reconciler._keepers["m"]
-    if keeper._retiring:
-        await asyncio.wait(keeper._retiring)
-    for loaded in keeper._loaded.values():
-        if loaded._growing is not None:
-            await loaded._growing
+    model = server._require_running().reconciler._reconcilers["m"]
+    await model.settled()
+    loads = model._loads
+    for loaded in loads.loaded.values():
+        await loaded.hand_over.grown()
         await asyncio.gather(*loaded.pool._opening.values())
-    cache: Any = keeper._loader._cache
+    cache: Any = loads._loader._cache
     ended = [each for each in threading.enumerate() if each.name.startswith("modelserve-m-")]
-    for each in ended[: -_replicas(keeper)]:  # the last thing that a thread does is to say that it has ended
+    for each in ended[: -_replicas(loads)]:  # the last thing that a thread does is to say that it has ended
         await asyncio.to_thread(each.join, 0.5)
     return {
-        "versions": len(keeper._loaded),
+        "versions": len(loads.loaded),
         "leases": sum(cache._of_this_process()._leases.values()),
         "threads": sum(each.name.startswith("modelserve-m-") for each in threading.enumerate()),
         "processes": len(_children()),
@@ -148,8 +148,8 @@ def _descriptors() -> int:
     return len(list(folder.iterdir())) if folder.exists() else 0
 
 
-def _replicas(keeper: Any) -> int:
-    return sum(loaded.pool.size for loaded in keeper._loaded.values())
+def _replicas(loads: Loads) -> int:
+    return sum(loaded.pool.size for loaded in loads.loaded.values())
 
 
 def _children() -> set[str]:

@@ -93,7 +93,7 @@ def test_production_and_shadow_rows_pair_up(store: Store, open_log: Open) -> Non
     production, shadow = open_log(options), open_log(options)
     for i in range(1000):
         production(served(f"r{i}"))
-        shadow(served(f"r{i}", version="2", shadow=True))
+        shadow(served(f"r{i}", version="2", arm="shadow"))
     stop(production)
     stop(shadow)
     seen = [{r.request_id for r in store.records.values() if r.shadow == side} for side in (False, True)]
