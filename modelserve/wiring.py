@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import difflib
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -273,6 +274,10 @@ def from_settings(settings: Settings) -> dict[str, Any]:
 
 def _check(models: Any, options: ServerOptions) -> None:
     """Refuse what :class:`Settings` would refuse, and what would only be noticed once models are loaded."""
+    for name in options.keys() - ServerOptions.__annotations__.keys():
+        near = difflib.get_close_matches(name, ServerOptions.__annotations__, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise TypeError(f"{name!r} is not an option of a server{hint}")
     poll_s, cache_bytes = options.get("poll_s", 1.0), options.get("cache_bytes")
     if not isinstance(poll_s, int | float) or not poll_s > 0:
         raise ConfigError(f"poll_s: expected seconds, more than 0, got {poll_s!r:.40}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,3 +115,10 @@ def test_every_public_name_is_documented(name: str) -> None:
     for method, value in vars(target).items() if inspect.isclass(target) else ():
         if not method.startswith("_") and inspect.isfunction(value):
             assert inspect.getdoc(value), method
+
+
+@pytest.mark.parametrize("server", [ms.AsyncModelServer, ms.ModelServer])
+def test_a_misspelt_option_is_refused_with_the_one_that_is_near(server: Any, tmp_path: Path) -> None:
+    """An option that is taken and ignored would leave a server as it was not meant to be."""
+    with pytest.raises(TypeError, match="'cach_dir' is not an option of a server; did you mean cache_dir"):
+        server(ms.Registry(f"sqlite:///{tmp_path / 'models.db'}"), cach_dir="x")
