@@ -100,7 +100,9 @@ def _plain_column(name: str, column: Array) -> Array:
     try:
         values = [_plain(value) for value in column.tolist()]
         orjson.dumps(values)
-    except (TypeError, ValueError, RecursionError) as error:
+    except RecursionError as error:  # its text depends on the frame in which the stack ended
+        raise InferenceFailed(f"the model's answer in {name!r} has no JSON form: it is nested too deeply") from error
+    except (TypeError, ValueError) as error:
         raise InferenceFailed(f"the model's answer in {name!r} has no JSON form: {error}") from error
     return np.fromiter(values, dtype=object, count=len(values))
 
