@@ -225,9 +225,7 @@ class Wiring:
 _Step: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 
-def _on_close(
-    stack: AsyncExitStack, step: Callable[[], Coroutine[Any, Any, None]], limit_s: float | None = None
-) -> None:
+def _on_close(stack: AsyncExitStack, step: _Step, limit_s: float | None = None) -> None:
     stack.push_async_callback(_ended, step, limit_s)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self
 
 from modelserve.caching import PredictionCache
 from modelserve.caching.predictions import Known
@@ -20,9 +20,6 @@ from modelserve.serving.version import LoadedVersion
 from modelserve.signature import AT_ONCE, Pieces
 from modelserve.turns import Steps, in_turns
 from modelserve.types import Arm, Json, Prediction, Row
-
-T = TypeVar("T")
-_NONE: Final[Sequence[tuple[str, ...]]] = ()
 
 
 @dataclasses.dataclass(slots=True)
@@ -96,7 +93,7 @@ class Inference:
         """An answer per row."""
         self.cached: Sequence[bool] = ()
         """For each row whether it came from the cache (empty: none did)."""
-        self.degraded = _NONE
+        self.degraded: Sequence[tuple[str, ...]] = ()
         """For each row which of its features have their default (empty: none of any row)."""
         self.executed = False
         """Whether the model gave results for it."""
